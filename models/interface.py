@@ -1,0 +1,211 @@
+"""What a family gives and what it is given: the seam between `models` and `shards`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A gate's decision for T tokens: `expert_ids` [T, k] int64, `weights` [T, k] model dtype.
+
+    `logits` [T, E] are the raw gate scores. Column order is the routing order of the combine.
+    """
+
+    expert_ids: Tensor
+    weights: Tensor
+    logits: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchMeta:
+    """A packed batch of B sequences with T tokens in all, padded to R >= T rows.
+
+    R is a multiple of `models.layers.rowwise.row_tile(dtype)`; rows T..R-1 are padding with finite
+    values whose results nobody reads. Sequence b owns rows query_starts[b]..query_starts[b+1]-1.
+    """
+
+    num_tokens: int
+    num_rows: int
+    query_starts: tuple[int, ...]
+    """B + 1 row offsets."""
+    starts: tuple[int, ...]
+    """Absolute position of each sequence's first row: how many tokens its caches already hold."""
+    lengths: tuple[int, ...]
+    """Each sequence's own number of known tokens: decides its LongRoPE regime."""
+    positions: Tensor
+    """[R] int64 absolute positions (0 in padding)."""
+    slot_mapping: Tensor
+    """[T] int64 flat KV index (block * block_size + offset) that each token is written to."""
+    block_tables: Tensor
+    """[B, max_blocks] int64, padded with 0."""
+    state_slots: tuple[int, ...]
+    """[B] recurrent-state slot of each sequence, -1 where the model has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Paged keys and values of one attention layer: both [num_blocks, block_size, G, h]."""
+
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StateCache:
+    """Recurrent state of one Mamba layer: `conv` [slots, I, K-1], `ssm` [slots, I, N] float32.
+
+    A slot that was zeroed is the state of an empty sequence.
+    """
+
+    conv: Tensor
+    ssm: Tensor
+
+
+LayerCache = KVCache | StateCache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheShape:
+    """What one layer must remember: per-token KV elements and per-sequence state shapes."""
+
+    kind: str
+    """`kv` or `state`."""
+    num_kv_heads: int = 0
+    head_dim: int = 0
+    conv_shape: tuple[int, int] = (0, 0)
+    """(I, K-1)."""
+    ssm_shape: tuple[int, int] = (0, 0)
+    """(I, N)."""
+
+
+class DecoderLayer(Protocol):
+    """One decoder layer without its routed experts; a layer never calls experts itself."""
+
+    layer_idx: int
+    is_moe: bool
+
+    def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """Norm, attention or Mamba, residual add, second norm: [R, D] → (residual, h), both [R, D].
+
+        Writes this batch's keys/values or state into `cache`.
+        """
+
+    def gate(self, h: Tensor) -> Routing:
+        """MoE layers only: scores of [R, D] rows."""
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """Dense layers only: [R, D] → [R, D]."""
+
+    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
+        """Close the layer: residual + FFN output, [R, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSource:
+    """One place a parameter may be read from: rows `start`..`stop` of tensor `name`.
+
+    `index` first picks one matrix of a stacked 3-D tensor (Transformers 5 fused experts).
+    `start` and `stop` are both None when all rows are wanted.
+    """
+
+    name: str
+    start: int | None = None
+    stop: int | None = None
+    index: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSlice:
+    """Where one parameter comes from: the first of `sources` whose name the checkpoint holds.
+
+    The hub's spelling comes first. `transpose` swaps the two dimensions after reading (the result
+    is made contiguous).
+    """
+
+    sources: tuple[TensorSource, ...]
+    shape: tuple[int, ...]
+    """Shape in memory, after slicing and transposing."""
+    transpose: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One expert of one layer: gate and up [F, D], down [D, F]; act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+class StageModel(Protocol):
+    """The layers first..last-1 of a model, with embedding and head where the stage owns them."""
+
+    layers: tuple[DecoderLayer, ...]
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """First stage: [R] int64 → [R, D]."""
+
+    def head(self, x: Tensor) -> Tensor:
+        """Last stage: final norm and lm_head over [R', D] rows → [R', V] in model dtype.
+
+        R' is any multiple of the row tile.
+        """
+
+    def tensors(self) -> dict[str, TensorSlice]:
+        """Every parameter this stage owns, by its own name, and where it is read from."""
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the parameters named by `tensors()`, already in the model dtype."""
+
+
+class ModelConfig(Protocol):
+    """A parsed, validated config.json; the families' frozen dataclasses implement it."""
+
+    @property
+    def family(self) -> str:
+        """dbrx, phimoe or jamba."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_experts(self) -> int:
+        """Routed experts per MoE layer; 1 means that no layer is MoE (Jamba)."""
+
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def max_position_embeddings(self) -> int: ...
+    @property
+    def reprefill_length(self) -> int | None:
+        """LongRoPE: a sequence that grows past this many tokens must be prefilled again."""
+
+    @property
+    def dtype_name(self) -> str:
+        """Dtype the checkpoint declares: float32, bfloat16 or float16."""
+
+    def is_moe_layer(self, layer_idx: int) -> bool: ...
+    def cache_shape(self, layer_idx: int) -> CacheShape: ...
+    def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
+        """Parameter bytes of one layer without its routed experts, to balance stages."""
+
+    def build_stage(self, first: int, last: int, dtype: torch.dtype) -> StageModel:
+        """Layers first..last-1; embedding when first == 0, head when last == num_layers."""
+
+    def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
+        """`gate`, `up`, `down` of one routed expert."""
+
+    def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
+        """One expert over n rows, [n, D] → [n, D], unweighted; any n, bits independent of n."""
+
+    def ignored_tensors(self, names: Iterable[str]) -> set[str]:
+        """Checkpoint tensors that are known to be redundant (rotary buffers, a tied head)."""

@@ -1,0 +1,228 @@
+"""The engine's core: admits sequences, plans steps, turns results into tokens. No I/O."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from router.scheduler import EngineLimits, Scheduler
+from router.sequence import Sequence, SequenceStatus
+from router.step import Admit, EngineLoad, Refusal, Sampled, StepPlan, StepResult, Token, Want
+
+__all__ = ["EngineCore", "EngineLimits", "Executor"]
+
+
+class Executor(Protocol):
+    """Runs plans, at most `max_in_flight` at once; results come back in any order."""
+
+    @property
+    def max_in_flight(self) -> int:
+        """Steps that may be submitted before the first result is polled."""
+
+    def submit(self, plan: StepPlan) -> None:
+        """Start one step."""
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        """The next result; None when there is none within `timeout` seconds (0: now)."""
+
+
+class EngineCore:
+    """One model instance's sequences from Admit to their last token.
+
+    Loop: `schedule` and submit while it returns plans, then `apply` each result. Call `reset`
+    before anything of a newer epoch; whatever is left over from an older epoch is dropped.
+    """
+
+    def __init__(self, limits: EngineLimits) -> None:
+        self.limits = limits
+        self._start_epoch(0)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._scheduler = Scheduler(self.limits)
+        self._sequences: dict[int, Sequence] = {}
+        self._in_flight: dict[int, StepPlan] = {}
+        self._next_step_id = 0
+        self._num_admitted = 0
+
+    @property
+    def epoch(self) -> int:
+        """The life of the group this core plans for."""
+        return self._epoch
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits, runs, or is on its way out of a step in flight."""
+        return bool(self._sequences)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Planned steps whose result has not been applied."""
+        return len(self._in_flight)
+
+    def reset(self, epoch: int) -> None:
+        """Forget every sequence and step; the stages must have forgotten them too.
+
+        Raises ValueError for an epoch that is over, or the current one while it has work.
+        """
+        if epoch < self._epoch or (epoch == self._epoch and self.has_work):
+            raise ValueError(f"epoch {epoch}: the engine is already in epoch {self._epoch}")
+        self._start_epoch(epoch)
+
+    def admit(self, admit: Admit) -> Refusal | None:
+        """Queue a sequence, or say why it can never be served here.
+
+        `max_tokens` is cut to what `max_model_len` leaves. An Admit of an older epoch is dropped
+        without a refusal: the journal has admitted the sequence again under the newer one.
+        Raises ValueError for a newer epoch, a known `seq_id`, or a sequence already at its end.
+        """
+        if admit.epoch < self._epoch:
+            return None
+        if admit.epoch > self._epoch:
+            raise ValueError(f"epoch {admit.epoch} was not announced: this is {self._epoch}")
+        if admit.seq_id in self._sequences:
+            raise ValueError(f"sequence {admit.seq_id} is already admitted")
+        reason = refusal_reason(admit, self.limits)
+        if reason is not None:
+            return Refusal(seq_id=admit.seq_id, reason=reason)
+        seq = Sequence.from_admit(
+            admit, max_model_len=self.limits.max_model_len, arrival=self._num_admitted
+        )
+        if seq.finish_reason is not None or seq.length >= seq.max_length:
+            raise ValueError(
+                f"sequence {admit.seq_id} has already finished: {seq.num_emitted} tokens emitted, "
+                f"max_tokens={seq.sampling.max_tokens}"
+            )
+        self._num_admitted += 1
+        self._sequences[seq.seq_id] = seq
+        self._scheduler.add(seq)
+        return None
+
+    def abort(self, seq_id: int) -> None:
+        """End a sequence without further tokens; one that is unknown or finished is ignored.
+
+        In flight it keeps its blocks and slot until its step returns, which still writes them.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None:
+            return
+        seq.aborted = True
+        if not seq.in_flight:
+            self._remove(seq)
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None while all that can run is in flight (or nothing is left)."""
+        if self.num_in_flight >= self.limits.max_in_flight:
+            return None
+        plan = self._scheduler.schedule(
+            epoch=self._epoch, step_id=self._next_step_id, num_in_flight=self.num_in_flight
+        )
+        if plan is not None:
+            self._in_flight[plan.step_id] = plan
+            self._next_step_id += 1
+        return plan
+
+    def apply(self, result: StepResult) -> tuple[Token, ...]:
+        """Take a step's result and return its new tokens, in the plan's order.
+
+        A result of an older epoch is dropped. Raises ValueError, and changes nothing, when the
+        step is not in flight or its samples are not those the plan asked for.
+        """
+        if result.epoch < self._epoch:
+            return ()
+        plan = self._in_flight.get(result.step_id)
+        if plan is None or result.epoch != plan.epoch:
+            raise ValueError(f"step {result.step_id} of epoch {result.epoch} is not in flight")
+        expected = [row.seq_id for row in plan.scheduled if row.samples]
+        if [sampled.seq_id for sampled in result.sampled] != expected:
+            raise ValueError(f"step {result.step_id} must sample sequences {expected} in order")
+        del self._in_flight[result.step_id]
+        samples = iter(result.sampled)
+        tokens: list[Token] = []
+        for row in plan.scheduled:
+            sampled = next(samples) if row.samples else None
+            seq = self._sequences[row.seq_id]
+            seq.in_flight = False
+            seq.num_computed += row.num_tokens
+            if seq.aborted:
+                self._remove(seq)
+            elif sampled is not None:
+                tokens.append(self._emit(seq, sampled))
+        return tuple(tokens)
+
+    def _emit(self, seq: Sequence, sampled: Sampled) -> Token:
+        seq.tokens.append(sampled.token_id)
+        finish = seq.finish_reason
+        if finish is not None:
+            self._remove(seq)
+        elif seq.length - 1 == self.limits.reprefill_length:
+            # Known length grows one by one, so this is the crossing: all that is cached was
+            # computed at a length up to the limit. Blocks and slot stay, their content does not.
+            seq.num_computed = 0
+        return Token(
+            seq_id=seq.seq_id,
+            position=seq.num_emitted - 1,
+            token_id=sampled.token_id,
+            logprob=sampled.logprob,
+            top_logprobs=sampled.top_logprobs,
+            finish=finish,
+        )
+
+    def _remove(self, seq: Sequence) -> None:
+        del self._sequences[seq.seq_id]
+        self._scheduler.remove(seq)
+
+    def load(self) -> EngineLoad:
+        """What is held right now; preemptions count from the start of the epoch."""
+        scheduler = self._scheduler
+        return EngineLoad(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            used_blocks=scheduler.blocks.num_used,
+            total_blocks=scheduler.blocks.num_blocks,
+            used_slots=scheduler.slots.num_used,
+            total_slots=scheduler.slots.num_slots,
+            preemptions=scheduler.num_preemptions,
+        )
+
+    def check_invariants(self) -> None:
+        """Every sequence is in one queue, and in exactly one step if it is in flight."""
+        scheduler = self._scheduler
+        scheduler.check_invariants()
+        queued = [*scheduler.running.values(), *scheduler.waiting]
+        assert len(queued) == len(self._sequences)
+        assert all(self._sequences[seq.seq_id] is seq for seq in queued)
+        flying = [row.seq_id for plan in self._in_flight.values() for row in plan.scheduled]
+        assert len(flying) == len(set(flying)), "a sequence is in two steps"
+        assert set(flying) == {seq.seq_id for seq in queued if seq.in_flight}
+        assert len(self._in_flight) <= self.limits.max_in_flight
+        for seq in queued:
+            assert seq.in_flight or not seq.aborted, "an aborted sequence was not removed"
+            assert seq.finish_reason is None, "a finished sequence was not removed"
+            assert seq.in_flight <= (seq.status is SequenceStatus.RUNNING)
+
+
+def refusal_reason(admit: Admit, limits: EngineLimits) -> str | None:
+    """Why a sequence can never be served under `limits`; None when it can."""
+    for name in Want.__dataclass_fields__:
+        if getattr(admit.want, name) != getattr(Want(), name):
+            allowed = getattr(Want(), name)
+            return f"want.{name}={getattr(admit.want, name)} is not served: allowed {allowed}"
+    if admit.grammar is not None:
+        return "grammar is not served: allowed None"
+    num_prompt, max_tokens = len(admit.prompt), admit.sampling.max_tokens
+    if max_tokens < 1:
+        return f"max_tokens={max_tokens}: allowed 1 or more"
+    if not 1 <= num_prompt < limits.max_model_len:
+        return (
+            f"the prompt has {num_prompt} tokens: allowed 1..{limits.max_model_len - 1} "
+            f"with max_model_len={limits.max_model_len}"
+        )
+    # The last sampled token is never computed, so it needs no place in the cache.
+    num_cached = min(num_prompt + max_tokens, limits.max_model_len) - 1
+    capacity = limits.num_blocks * limits.block_size
+    if num_cached > capacity:
+        return (
+            f"{num_prompt} prompt tokens and max_tokens={max_tokens} need room for {num_cached} "
+            f"tokens in the KV cache, which holds {capacity}"
+        )
+    return None

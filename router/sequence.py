@@ -1,0 +1,121 @@
+"""One token stream as the engine sees it: what is known, what is computed, what it holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from router.step import Admit, FinishReason, NewSequence, SamplingParams, ScheduledSequence
+
+MAX_OVERTAKES = 16
+"""How often later arrivals may go first, or take its place, before a sequence outranks them all."""
+
+
+class SequenceStatus(StrEnum):
+    """WAITING holds nothing; RUNNING holds blocks (and a slot) and is known to the stages."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Sequence:
+    """Mutable state of one sequence.
+
+    `tokens` is prompt + emitted. Positions below `num_computed` are in the cache; the last
+    known token never is before the step that samples the next one. `max_length` bounds
+    `len(tokens)`. `arrival` counts admissions, `last_step` is the last step it was part of, and
+    `overtaken` counts later arrivals that started before it or took its place.
+    """
+
+    seq_id: int
+    tokens: list[int]
+    num_prompt: int
+    sampling: SamplingParams
+    max_length: int
+    priority: int
+    arrival: int
+    status: SequenceStatus = SequenceStatus.WAITING
+    num_computed: int = 0
+    blocks: list[int] = field(default_factory=list)
+    num_sent_blocks: int = 0
+    slot: int = -1
+    in_flight: bool = False
+    aborted: bool = False
+    last_step: int = -1
+    overtaken: int = 0
+
+    @classmethod
+    def from_admit(cls, admit: Admit, *, max_model_len: int, arrival: int) -> Sequence:
+        """A waiting sequence whose `max_tokens` is cut so that it ends within `max_model_len`."""
+        num_prompt = len(admit.prompt)
+        max_tokens = min(admit.sampling.max_tokens, max_model_len - num_prompt)
+        return cls(
+            seq_id=admit.seq_id,
+            tokens=[*admit.prompt, *admit.emitted],
+            num_prompt=num_prompt,
+            sampling=replace(admit.sampling, max_tokens=max_tokens),
+            max_length=num_prompt + max_tokens,
+            priority=admit.priority,
+            arrival=arrival,
+        )
+
+    @property
+    def length(self) -> int:
+        """Known tokens: prompt + emitted."""
+        return len(self.tokens)
+
+    @property
+    def num_emitted(self) -> int:
+        """Tokens sampled so far, those before a resume included."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        """Known tokens that are not in the cache; 1 for a sequence that decodes."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def tier(self) -> tuple[bool, int]:
+        """Lower may take resources from higher; the often overtaken are above all priorities."""
+        return (self.overtaken < MAX_OVERTAKES, self.priority)
+
+    @property
+    def rank(self) -> tuple[bool, int, int]:
+        """Total order of who goes first: tier, then arrival."""
+        return (*self.tier, self.arrival)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the sequence has ended with its last emitted token; None while it goes on."""
+        if not self.num_emitted:
+            return None
+        sampling = self.sampling
+        if self.num_emitted >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if self.length >= self.max_length else None
+
+    def introduction(self) -> NewSequence:
+        """What the stages must know before its first step here."""
+        return NewSequence(
+            seq_id=self.seq_id,
+            prompt=tuple(self.tokens[: self.num_prompt]),
+            emitted=tuple(self.tokens[self.num_prompt :]),
+            sampling=self.sampling,
+            state_slot=self.slot,
+        )
+
+    def next_chunk(self, num_tokens: int) -> ScheduledSequence:
+        """The plan's row for its next `num_tokens` pending tokens; new blocks go out once."""
+        end = self.num_computed + num_tokens
+        new_blocks = tuple(self.blocks[self.num_sent_blocks :])
+        self.num_sent_blocks = len(self.blocks)
+        return ScheduledSequence(
+            seq_id=self.seq_id,
+            start=self.num_computed,
+            num_tokens=num_tokens,
+            token_ids=tuple(self.tokens[self.num_computed : end]),
+            length=self.length,
+            new_blocks=new_blocks,
+            samples=end == self.length,
+        )

@@ -1,0 +1,213 @@
+"""The wire contract: what engine, stages and ingress say to each other.
+
+Every message is a frozen dataclass of plain values; tensors travel beside it as frame buffers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+LAST_SAMPLED = -1
+"""Placeholder token id: the token this sequence's previous step sampled, known to the last stage."""
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended, in the API's own words."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens of one sequence are chosen; `temperature` 0 is greedy.
+
+    `top_k` 0 means all, `logprobs` None means none and k means the sampled token plus k best.
+    `stop_token_ids` already holds the EOS ids unless the caller ignores them.
+    """
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int = 0
+    sample_idx: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Want:
+    """Which tensors a sequence's steps return beside its tokens."""
+
+    logits: bool = False
+    hidden_states: bool = False
+    router_logits: bool = False
+    pooled: bool = False
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """Ingress to engine: start a sequence, or resume it with what it has already emitted."""
+
+    seq_id: int
+    epoch: int
+    prompt: tuple[int, ...]
+    emitted: tuple[int, ...] = ()
+    sampling: SamplingParams
+    priority: int = 0
+    want: Want = Want()
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abort:
+    """Ingress to engine: the client is gone or a stop string was found; free everything."""
+
+    seq_id: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Token:
+    """One emitted token; `position` counts the sequence's emitted tokens from 0."""
+
+    seq_id: int
+    position: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+    finish: FinishReason | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Engine to ingress: this sequence can never be served here, and why."""
+
+    seq_id: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What the engine holds right now; sent with every batch of tokens."""
+
+    running: int = 0
+    waiting: int = 0
+    used_blocks: int = 0
+    total_blocks: int = 0
+    used_slots: int = 0
+    total_slots: int = 0
+    preemptions: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """Engine to ingress, once per step: the journal's rows."""
+
+    epoch: int
+    tokens: tuple[Token, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    load: EngineLoad = EngineLoad()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewSequence:
+    """A sequence the stages do not know yet (or forgot when it was preempted).
+
+    `state_slot` is -1 for models without recurrent state.
+    """
+
+    seq_id: int
+    prompt: tuple[int, ...]
+    emitted: tuple[int, ...]
+    sampling: SamplingParams
+    state_slot: int = -1
+    want: Want = Want()
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduledSequence:
+    """`num_tokens` tokens of one sequence from absolute position `start`.
+
+    `token_ids` has `num_tokens` entries; the last may be LAST_SAMPLED. `new_blocks` are appended
+    to the sequence's block table before the step. `length` is the sequence's own number of known
+    tokens (prompt + emitted): it decides the LongRoPE regime, never the batch. `samples` is true
+    when the chunk reaches the last known token, so that the last stage samples the next one.
+    """
+
+    seq_id: int
+    start: int
+    num_tokens: int
+    token_ids: tuple[int, ...]
+    length: int
+    new_blocks: tuple[int, ...] = ()
+    samples: bool = False
+
+
+class StateOpKind(StrEnum):
+    """What happens to recurrent-state slots before a step runs."""
+
+    ZERO = "zero"
+    COPY = "copy"
+    SNAPSHOT = "snapshot"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StateOp:
+    """ZERO clears `target`; COPY and SNAPSHOT copy `source` into `target`."""
+
+    kind: StateOpKind
+    target: int
+    source: int = -1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """One scheduled forward. Stages apply `released`, then `new`, then `state_ops`, then run.
+
+    A sequence is in at most one step in flight. Tokens are packed in the order of `scheduled`.
+    """
+
+    epoch: int
+    step_id: int
+    new: tuple[NewSequence, ...] = ()
+    scheduled: tuple[ScheduledSequence, ...] = ()
+    state_ops: tuple[StateOp, ...] = ()
+    released: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampled:
+    """What the last stage chose for one sequence with `samples` set."""
+
+    seq_id: int
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WantedTensor:
+    """Describes one frame buffer that travels with a StepResult."""
+
+    seq_id: int
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Last stage to engine: the tokens of one step, in the plan's order."""
+
+    epoch: int
+    step_id: int
+    sampled: tuple[Sampled, ...] = ()
+    tensors: tuple[WantedTensor, ...] = ()

@@ -1,0 +1,1 @@
+"""Moves frames between workers: in-process queues, Unix sockets on a node, TCP across nodes."""

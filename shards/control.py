@@ -1,0 +1,47 @@
+"""What the group tells a worker between steps, and what a worker answers when it has started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from router.placement import RoutingTable
+
+INGRESS = "ingress-0"
+"""Transport name of the process that owns the journal and watches the workers."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAddress:
+    """A worker to dial, by its transport name."""
+
+    peer: str
+    address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Control:
+    """Applied in this order: dial `connect`, take `table`, begin `epoch`, answer `ack`, end."""
+
+    connect: tuple[PeerAddress, ...] = ()
+    table: RoutingTable | None = None
+    epoch: int | None = None
+    ack: int | None = None
+    shutdown: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A worker has loaded its weights and listens at `address`."""
+
+    address: str
+    pid: int
+    node_id: str
+    bytes_read: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerEvent:
+    """Worker to ingress: a control message is done (`ack`), or a step of `lost_epoch` was lost."""
+
+    ack: int | None = None
+    lost_epoch: int | None = None

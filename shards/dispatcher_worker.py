@@ -1,0 +1,91 @@
+"""The dispatcher worker: routes tokens for the stages, or only publishes tables to them."""
+
+from __future__ import annotations
+
+from router.codec import encode
+from router.dispatcher import Exchange, TokenDispatcher
+from router.placement import RoutingTable
+from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
+from shards.moe_wire import MoeShape, moe_result, read_moe_call
+from shards.remote_experts import ExpertLinks
+from shards.spec import Role, WorkerSpec
+from shards.worker import Worker
+
+
+class DispatcherWorker(Worker):
+    """With `--dispatch actor` every MoE exchange passes here; with `direct` only tables do."""
+
+    def __init__(self, spec: WorkerSpec, transport: Transport, shape: MoeShape) -> None:
+        super().__init__(spec, transport)
+        self._shape = shape
+        self._links = ExpertLinks(transport)
+        self._open: dict[tuple[int, ...], tuple[str, Exchange]] = {}
+        self._table: RoutingTable | None = None
+
+    @property
+    def dispatcher(self) -> TokenDispatcher:
+        """The routing core, for its counters."""
+        return self._links.dispatcher
+
+    def on_frame(self, peer: str, frame: Frame) -> None:
+        """MoE calls from stages, results from experts, table requests from stages."""
+        match frame.header.kind:
+            case FrameKind.MOE_CALL:
+                hidden, expert_ids, weights = read_moe_call(frame, self._shape)
+                self.dispatcher.drop_before(frame.header.epoch)
+                exchange = self.dispatcher.submit(frame.header, hidden, expert_ids, weights)
+                self._open[frame.header.key] = (peer, exchange)
+                self._answer(frame.header.key)
+            case FrameKind.EXPERT_RESULT:
+                self._links.on_result(peer, frame)
+                self._answer(frame.header.key)
+            case FrameKind.TABLE:
+                self._publish(peer)
+            case _:
+                super().on_frame(peer, frame)
+
+    def on_lost(self, peer: str) -> None:
+        """An expert worker died: its outstanding calls go to other copies, or wait."""
+        self._links.on_lost(peer)
+
+    def on_table(self, table: RoutingTable) -> None:
+        """Route by a new table, and pass it on to stages that dispatch for themselves."""
+        self._table = table
+        if self.spec.group.dispatch == "direct":
+            for index in range(len(self.spec.group.stage_layers)):
+                self._publish(f"{Role.STAGE}-{index}")
+        else:
+            self._links.set_table(table)
+
+    def _publish(self, stage: str) -> None:
+        if self._table is None:
+            return
+        header = Header(kind=FrameKind.TABLE, table_version=self._table.version)
+        try:
+            self.transport.send(stage, Frame(header, encode(self._table)))
+        except PeerLost:
+            # A stage asks for the table itself once it has dialled this worker.
+            self.on_lost(stage)
+
+    def _answer(self, key: tuple[int, ...]) -> None:
+        """Send the combined rows of a finished exchange back to its stage."""
+        peer, exchange = self._open.get(key, ("", None))
+        if exchange is None or not exchange.done:
+            return
+        del self._open[key]
+        try:
+            self.transport.send(peer, moe_result(exchange.header, exchange.result()))
+        except PeerLost:
+            self.on_lost(peer)
+
+
+def make_dispatcher_worker(spec: WorkerSpec, transport: Transport) -> DispatcherWorker:
+    """The dispatcher of a group; it reads the config only, no weights."""
+    from pathlib import Path
+
+    from models.registry import load_config
+    from shards.threads import use_threads
+
+    use_threads(spec.group.threads)
+    config = load_config(Path(spec.group.model_path))
+    return DispatcherWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))

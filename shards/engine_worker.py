@@ -1,0 +1,129 @@
+"""The engine: admits, schedules and applies steps; knows neither HTTP nor text."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from router.codec import decode, encode
+from router.engine import EngineCore, Executor
+from router.step import Abort, Admit, Refusal, StepPlan, StepResult, Token, TokenBatch
+from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
+from shards.control import INGRESS, WorkerEvent
+from shards.spec import WorkerSpec
+from shards.worker import Worker
+
+
+class PipelineExecutor:
+    """Runs steps on stage workers: plans go to stage 0, results come from the last stage."""
+
+    def __init__(self, transport: Transport, max_in_flight: int) -> None:
+        self.max_in_flight = max_in_flight
+        self._transport = transport
+        self._results: deque[StepResult] = deque()
+
+    def submit(self, plan: StepPlan) -> None:
+        """Send a plan down the pipeline. Raises PeerLost when stage 0 is gone."""
+        header = Header(kind=FrameKind.STEP, epoch=plan.epoch, step=plan.step_id)
+        self._transport.send("stage-0", Frame(header, encode(plan)))
+
+    def deliver(self, result: StepResult) -> None:
+        """A result frame has arrived."""
+        self._results.append(result)
+
+    def poll(self, timeout: float) -> StepResult | None:
+        """The next result that has arrived; never waits, frames arrive in the data loop."""
+        return self._results.popleft() if self._results else None
+
+
+class EngineWorker(Worker):
+    """Owns the EngineCore of one model instance and reports one TokenBatch per turn."""
+
+    def __init__(
+        self, spec: WorkerSpec, transport: Transport, core: EngineCore, executor: Executor
+    ) -> None:
+        super().__init__(spec, transport)
+        self._core = core
+        self._executor = executor
+        self._epoch = 0
+        self._refusals: list[Refusal] = []
+
+    def advance(self) -> None:
+        """Drain what has arrived, apply results, keep the pipeline full, report."""
+        runs_here = not isinstance(self._executor, PipelineExecutor)
+        event = self.transport.recv(0.0 if runs_here and self._core.num_in_flight else None)
+        while event is not None:
+            self.handle(event)
+            event = self.transport.recv(0.0)
+        tokens: list[Token] = []
+        while (result := self._executor.poll(0.0)) is not None:
+            if result.epoch == self._epoch:
+                tokens.extend(self._core.apply(result))
+        self._fill_pipeline()
+        self._send(tuple(tokens))
+
+    def on_frame(self, peer: str, frame: Frame) -> None:
+        """Journal messages from the ingress, results from the last stage."""
+        match frame.header.kind:
+            case FrameKind.ADMIT:
+                admit = decode(Admit, frame.meta)
+                if admit.epoch == self._epoch:
+                    refusal = self._core.admit(admit)
+                    if refusal is not None:
+                        self._refusals.append(refusal)
+            case FrameKind.ABORT:
+                abort = decode(Abort, frame.meta)
+                if abort.epoch == self._epoch:
+                    self._core.abort(abort.seq_id)
+            case FrameKind.RESULT:
+                assert isinstance(self._executor, PipelineExecutor)
+                self._executor.deliver(decode(StepResult, frame.meta))
+            case _:
+                super().on_frame(peer, frame)
+
+    def on_epoch(self, epoch: int) -> None:
+        """Forget everything: the ingress admits every live sequence again."""
+        self._epoch = epoch
+        self._core.reset(epoch)
+        self._refusals.clear()
+
+    def _fill_pipeline(self) -> None:
+        while self._core.num_in_flight < self._executor.max_in_flight:
+            plan = self._core.schedule()
+            if plan is None:
+                return
+            try:
+                self._executor.submit(plan)
+            except PeerLost:
+                self.report(WorkerEvent(lost_epoch=self._epoch))
+                return
+
+    def _send(self, tokens: tuple[Token, ...]) -> None:
+        if not tokens and not self._refusals:
+            return
+        batch = TokenBatch(
+            epoch=self._epoch,
+            tokens=tokens,
+            refusals=tuple(self._refusals),
+            load=self._core.load(),
+        )
+        self._refusals.clear()
+        header = Header(kind=FrameKind.TOKENS, epoch=self._epoch)
+        try:
+            self.transport.send(INGRESS, Frame(header, encode(batch)))
+        except PeerLost:
+            self.stopping = True
+
+
+def make_engine_worker(spec: WorkerSpec, transport: Transport) -> EngineWorker:
+    """The engine of a group, with the whole model inside when the executor is local."""
+    limits = spec.group.limits
+    core = EngineCore(limits)
+    if spec.group.executor == "pipeline":
+        executor: Executor = PipelineExecutor(transport, limits.max_in_flight)
+        return EngineWorker(spec, transport, core, executor)
+    from shards.local_executor import load_local_executor
+
+    local = load_local_executor(spec.group)
+    worker = EngineWorker(spec, transport, core, local)
+    worker.bytes_read = local.bytes_read
+    return worker

@@ -1,0 +1,60 @@
+"""How a model runner reaches the experts: submit rows, do something else, collect the answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from models.interface import Routing
+from router.dispatcher import combine, permute
+from shards.expert_bank import ExpertBank
+
+
+@dataclass(frozen=True, slots=True)
+class ExchangeKey:
+    """With the layer, the identity of one expert exchange of a stage."""
+
+    epoch: int
+    step_id: int
+    micro_batch: int
+
+
+class Handle(Protocol):
+    """The answer to come of one exchange."""
+
+    def result(self) -> Tensor:
+        """Wait for the weighted sum over each token's experts, [T, D]. Call it once."""
+
+
+class ExpertBackend(Protocol):
+    """Runs the routed experts of a MoE layer, here or elsewhere, with the same bits."""
+
+    def submit(
+        self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing
+    ) -> Handle:
+        """Start the experts on `hidden` [T, D]; `routing` has the same T tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    outputs: Tensor
+
+    def result(self) -> Tensor:
+        return self.outputs
+
+
+class LocalExpertBackend:
+    """All experts in this process, computed during `submit`."""
+
+    def __init__(self, bank: ExpertBank, num_experts: int) -> None:
+        self._bank = bank
+        self._num_experts = num_experts
+
+    def submit(
+        self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing
+    ) -> Handle:
+        """Same permutation and combine as the distributed path, without the distance."""
+        permutation = permute(routing.expert_ids, self._num_experts)
+        raise AssertionError(permutation, combine)

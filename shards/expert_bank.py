@@ -1,0 +1,50 @@
+"""The weights of some logical experts, for every MoE layer, and what they make of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from models.interface import ExpertWeights, ModelConfig
+
+
+class ExpertBank:
+    """Stateless experts: the same rows give the same bits in every bank that holds the expert."""
+
+    def __init__(
+        self, config: ModelConfig, weights: Mapping[tuple[int, int], ExpertWeights]
+    ) -> None:
+        """`weights` is keyed (layer_idx, expert)."""
+        self._config = config
+        self._weights = dict(weights)
+        self.experts = tuple(sorted({expert for _, expert in self._weights}))
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of a row."""
+        return self._config.hidden_size
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the weights take."""
+        return sum(
+            tensor.nbytes for w in self._weights.values() for tensor in (w.gate, w.up, w.down)
+        )
+
+    def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
+        """Unweighted outputs [n, D] of `rows` [n, D], in their order.
+
+        `pairs` lists (expert, count): the first `count` rows belong to the first expert, and so
+        on; the counts add up to n. Raises KeyError for an expert that is not held here.
+        """
+        outputs = torch.empty_like(rows)
+        start = 0
+        for expert, count in pairs:
+            group = slice(start, start := start + count)
+            if count:
+                weights = self._weights[layer_idx, expert]
+                outputs[group] = self._config.expert_forward(rows[group], weights)
+        assert start == len(rows), (pairs, rows.shape)
+        return outputs

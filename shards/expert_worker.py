@@ -1,0 +1,53 @@
+"""A stateless expert worker: rows in, rows out, for the logical experts it holds."""
+
+from __future__ import annotations
+
+from router.dispatcher import expert_result, read_expert_call
+from router.transport.base import Frame, FrameKind, PeerLost, Transport
+from shards.expert_bank import ExpertBank
+from shards.spec import WorkerSpec
+from shards.worker import Worker
+
+
+class ExpertWorker(Worker):
+    """Answers expert calls of any stage or dispatcher; a repeated call gives the same bits."""
+
+    def __init__(self, spec: WorkerSpec, transport: Transport, bank: ExpertBank) -> None:
+        super().__init__(spec, transport)
+        self._bank = bank
+
+    def on_frame(self, peer: str, frame: Frame) -> None:
+        """Compute one EXPERT_CALL and answer its sender."""
+        if frame.header.kind is not FrameKind.EXPERT_CALL:
+            super().on_frame(peer, frame)
+            return
+        pairs, rows = read_expert_call(frame, self._bank.hidden_size)
+        outputs = self._bank.forward(frame.header.layer, pairs, rows)
+        try:
+            self.transport.send(peer, expert_result(frame, outputs))
+        except PeerLost:
+            # Whoever asked is gone, and with it the need for an answer.
+            self.on_lost(peer)
+
+
+def make_expert_worker(spec: WorkerSpec, transport: Transport) -> ExpertWorker:
+    """Load the experts that the placement gives to this index, and only those."""
+    from pathlib import Path
+
+    from models.registry import load_config
+    from router.placement import place_experts
+    from shards.checkpoint import Checkpoint, load_experts
+    from shards.threads import torch_dtype, use_threads
+
+    group = spec.group
+    use_threads(group.threads)
+    config = load_config(Path(group.model_path))
+    placement = place_experts(
+        config.num_experts, group.num_expert_shards, group.num_expert_replicas
+    )
+    checkpoint = Checkpoint(Path(group.model_path))
+    held = placement.held_by(spec.index)
+    bank = load_experts(config, checkpoint, held, torch_dtype(group.dtype))
+    worker = ExpertWorker(spec, transport, bank)
+    worker.bytes_read = checkpoint.bytes_read
+    return worker

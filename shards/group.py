@@ -1,0 +1,281 @@
+"""One model instance: builds its workers, watches them, heals them, and keeps the journal."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from router.codec import decode, encode
+from router.placement import Placement
+from router.step import EngineLoad, SamplingParams, Token, TokenBatch
+from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
+from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
+from shards.control import Started, WorkerEvent
+from shards.journal import Journal, JournalEntry
+from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.supervisor import (
+    Action,
+    BeginEpoch,
+    Dial,
+    GiveUp,
+    Spawn,
+    Supervisor,
+    Suspend,
+    Tell,
+)
+from shards.worker import control_frame
+
+log = logging.getLogger("conclave.group")
+
+ENGINE = f"{Role.ENGINE}-0"
+
+
+class WorkerEvents(Protocol):
+    """Where a launcher reports; both may be called from any thread."""
+
+    def started(self, spec: WorkerSpec, started: Started) -> None:
+        """The worker listens."""
+
+    def died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
+        """The worker's process ended; `fatal` when starting it again cannot help."""
+
+
+class Launcher(Protocol):
+    """Starts worker processes: Ray actors, or subprocesses in tests."""
+
+    def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
+        """Start a worker without waiting for it."""
+
+    def close(self) -> None:
+        """Kill what is left of the workers and wait for it."""
+
+
+class GroupStream:
+    """Tokens of one sequence, delivered on the event loop that asked for them."""
+
+    def __init__(self, abort: Callable[[], None]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self._abort = abort
+        self._ended = False
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop that `put` must be called on."""
+        return self._loop
+
+    def put(self, item: Token | Exception) -> None:
+        """Hand over a token, or the error that ends the stream."""
+        self._queue.put_nowait(item)
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        while not self._ended:
+            item = await self._queue.get()
+            if isinstance(item, Exception):
+                self._ended = True
+                raise item
+            self._ended = item.finish is not None
+            yield item
+
+    def abort(self) -> None:
+        """Stop generating; harmless after the end. Thread-safe."""
+        self._abort()
+
+
+class ModelGroup:
+    """Implements ModelClient. One thread owns transport, journal and supervisor."""
+
+    def __init__(
+        self,
+        spec: GroupSpec,
+        placement: Placement | None,
+        launcher: Launcher,
+        transport: Transport,
+    ) -> None:
+        self.spec = spec
+        self._launcher = launcher
+        self._transport = transport
+        self._supervisor = Supervisor(spec, placement)
+        self._journal = Journal()
+        self._calls: deque[Callable[[], None]] = deque()
+        self._seq_ids = itertools.count(1)
+        self._load = EngineLoad()
+        self._reason = ""
+        self._settled = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="conclave-group", daemon=True)
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[GroupStream, Token]]] = {}
+
+    def start(self, timeout: float | None = None) -> None:
+        """Start every worker and wait until the group is ready. Raises GroupFailed."""
+        self._post(lambda: self._apply(self._supervisor.start()))
+        self._thread.start()
+        if not self._settled.wait(timeout):
+            self.stop()
+            raise GroupFailed(f"not ready after {timeout} s")
+        if self.state is GroupState.FAILED:
+            reason = self._reason
+            self.stop()
+            raise GroupFailed(reason)
+
+    @property
+    def state(self) -> GroupState:
+        """Starting, ready, recovering, failed or stopped."""
+        return self._supervisor.state
+
+    @property
+    def load(self) -> EngineLoad:
+        """What the engine last said it holds."""
+        return self._load
+
+    @property
+    def routing_table_version(self) -> int:
+        """Version of the routing table last published."""
+        return self._supervisor.table_version
+
+    def workers(self) -> tuple[WorkerStatus, ...]:
+        """The actor map."""
+        return self._supervisor.workers()
+
+    def generate(
+        self, prompt: tuple[int, ...], sampling: SamplingParams, *, priority: int = 0
+    ) -> GroupStream:
+        """Journal and start one sequence; call on an event loop. Raises GroupFailed."""
+        if self.state in (GroupState.FAILED, GroupState.STOPPED):
+            raise GroupFailed(self._reason or "the model instance has stopped")
+        seq_id = next(self._seq_ids)
+        stream = GroupStream(lambda: self._post(lambda: self._drop(seq_id)))
+
+        def deliver(item: Token | Exception) -> None:
+            if isinstance(item, Token):
+                self._outbox.setdefault(stream.loop, []).append((stream, item))
+            else:
+                stream.loop.call_soon_threadsafe(stream.put, item)
+
+        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver)
+        self._post(lambda: self._admit(entry))
+        return stream
+
+    def stop(self) -> None:
+        """Shut every worker down and wait for them; live streams end with GroupFailed."""
+        if self._thread.is_alive():
+            self._post(lambda: self._apply(self._supervisor.stop()))
+            self._thread.join()
+        self._launcher.close()
+        self._transport.close()
+
+    # Everything below runs on the group's own thread, except `_post`, `started` and `died`.
+
+    def started(self, spec: WorkerSpec, started: Started) -> None:
+        """A launcher reports a worker that listens."""
+        self._post(lambda: self._apply(self._supervisor.on_started(spec, started)))
+
+    def died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
+        """A launcher reports a worker that ended."""
+        self._post(lambda: self._on_died(spec, reason, fatal))
+
+    def _post(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+        self._transport.wake()
+
+    def _run(self) -> None:
+        try:
+            while self.state not in (GroupState.STOPPED, GroupState.FAILED):
+                self._handle(self._transport.recv(None))
+                while self._calls:
+                    self._calls.popleft()()
+                if self.state is not GroupState.STARTING:
+                    self._settled.set()
+        except Exception as error:
+            log.exception("the group's thread failed")
+            self._apply([GiveUp(f"internal error: {error!r}")])
+        finally:
+            self._journal.fail(GroupFailed(self._reason or "the model instance has stopped"))
+            self._settled.set()
+
+    def _handle(self, event: Received | Lost | None) -> None:
+        if not isinstance(event, Received):
+            # A lost connection alone proves nothing; deaths are reported by the launcher.
+            return
+        match event.frame.header.kind:
+            case FrameKind.TOKENS:
+                batch = decode(TokenBatch, event.frame.meta)
+                self._load = batch.load
+                self._journal.accept(batch, SequenceRefused)
+                self._flush()
+            case FrameKind.EVENT:
+                message = decode(WorkerEvent, event.frame.meta)
+                if message.ack is not None:
+                    self._apply(self._supervisor.on_ack(event.peer, message.ack))
+                if message.lost_epoch is not None:
+                    now = time.monotonic()
+                    self._apply(self._supervisor.on_step_lost(message.lost_epoch, now))
+            case kind:
+                log.warning("%s sent an unexpected %s frame", event.peer, kind.name)
+
+    def _flush(self) -> None:
+        """One wake-up per event loop and step, however many streams it feeds."""
+        outbox, self._outbox = self._outbox, {}
+        for loop, items in outbox.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, items)
+            except RuntimeError:
+                log.warning("an event loop closed with %d streams open", len(items))
+
+    def _on_died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
+        if self.state is not GroupState.STOPPED:
+            log.warning("%s (incarnation %d) died: %s", spec.peer, spec.incarnation, reason)
+        self._apply(self._supervisor.on_died(spec, reason, time.monotonic(), fatal))
+
+    def _apply(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Spawn(spec):
+                    self._launcher.spawn(spec, self)
+                case Dial(target):
+                    self._dial(target.peer, target.address)
+                case Tell(peer, control):
+                    self._send(peer, control_frame(control))
+                case Suspend():
+                    self._journal.suspend()
+                case BeginEpoch(epoch):
+                    log.info("epoch %d begins with %d live sequences", epoch, len(self._journal))
+                    for admit in self._journal.begin(epoch):
+                        self._send(ENGINE, Frame(Header(kind=FrameKind.ADMIT), encode(admit)))
+                case GiveUp(reason):
+                    log.error("giving up: %s", reason)
+                    self._supervisor.state = GroupState.FAILED
+                    self._reason = reason
+
+    def _dial(self, peer: str, address: str) -> None:
+        try:
+            self._transport.connect(peer, address)
+        except PeerLost:
+            log.info("%s died before it could be dialled", peer)
+
+    def _send(self, peer: str, frame: Frame) -> None:
+        try:
+            self._transport.send(peer, frame)
+        except PeerLost:
+            # The launcher reports its death; the next epoch repeats what mattered.
+            log.info("%s is gone, a %s frame is dropped", peer, frame.header.kind.name)
+
+    def _admit(self, entry: JournalEntry) -> None:
+        admit = self._journal.add(entry)
+        if admit is not None:
+            self._send(ENGINE, Frame(Header(kind=FrameKind.ADMIT), encode(admit)))
+
+    def _drop(self, seq_id: int) -> None:
+        abort = self._journal.drop(seq_id)
+        if abort is not None:
+            self._send(ENGINE, Frame(Header(kind=FrameKind.ABORT), encode(abort)))
+
+
+def _put_all(items: list[tuple[GroupStream, Token]]) -> None:
+    for stream, token in items:
+        stream.put(token)

@@ -1,0 +1,234 @@
+"""Runs the scheduled steps of one stage: packs, drives layers and experts, samples at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.interface import (
+    BatchMeta,
+    DecoderLayer,
+    LayerCache,
+    ModelConfig,
+    Routing,
+    StageModel,
+)
+from models.layers.rowwise import row_tile
+from router.step import (
+    LAST_SAMPLED,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    StepPlan,
+    StepResult,
+    Want,
+)
+from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
+from shards.kv_cache import apply_state_ops
+from shards.micro_batches import pack, pad_rows, round_up, split_sequences
+from shards.sampler import SampleRequest, sample
+
+
+@dataclass(slots=True)
+class _Sequence:
+    sampling: SamplingParams
+    state_slot: int
+    num_emitted: int
+    last_sampled: int | None
+    blocks: list[int]
+
+
+@dataclass(slots=True)
+class _MicroBatch:
+    """Whole sequences that go through the layers together; `x` is [R, D]."""
+
+    scheduled: Sequence[ScheduledSequence]
+    meta: BatchMeta
+    x: Tensor
+    pending: tuple[DecoderLayer, Tensor, Handle] | None = None
+    """A MoE layer that waits for its experts: layer, residual, answer to come."""
+
+
+class ModelRunner:
+    """Layers first..last-1 of a model and what they remember of each sequence.
+
+    `caches` has one entry per layer. With `num_micro_batches` 2, one half of a step's sequences
+    mixes while the experts work on the other; bits are the same as with 1.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        stage: StageModel,
+        first: int,
+        last: int,
+        caches: Sequence[LayerCache],
+        backend: ExpertBackend,
+        *,
+        block_size: int,
+        dtype: torch.dtype,
+        num_micro_batches: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert len(caches) == len(stage.layers) == last - first, (len(caches), first, last)
+        self._config = config
+        self._stage = stage
+        self._is_first = first == 0
+        self._is_last = last == config.num_layers
+        self._caches = caches
+        self._backend = backend
+        self._block_size = block_size
+        self._tile = row_tile(dtype)
+        self._num_micro_batches = num_micro_batches
+        self._dtype = dtype
+        self._device = device
+        self._sequences: dict[int, _Sequence] = {}
+
+    def reset(self) -> None:
+        """Forget every sequence (a new epoch); cache contents are stale but harmless."""
+        self._sequences.clear()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor | StepResult:
+        """Run one step. The first stage takes no `hidden`, the others [T, D] of the one before.
+
+        Returns [T, D] for the next stage, or the step's result on the last one.
+        """
+        assert (hidden is None) == self._is_first, "hidden states go to every stage but the first"
+        self._apply_deltas(plan)
+        batches = self._micro_batches(plan, hidden)
+        for layer, cache in zip(self._stage.layers, self._caches, strict=True):
+            for index, batch in enumerate(batches):
+                self._finish_layer(batch)
+                self._begin_layer(batch, layer, cache, ExchangeKey(plan.epoch, plan.step_id, index))
+        for batch in batches:
+            self._finish_layer(batch)
+        return self._sample(plan, batches) if self._is_last else self._real_rows(batches)
+
+    def _apply_deltas(self, plan: StepPlan) -> None:
+        for seq_id in plan.released:
+            assert seq_id in self._sequences, f"released sequence {seq_id} is unknown"
+            del self._sequences[seq_id]
+        for new in plan.new:
+            assert new.seq_id not in self._sequences, f"new sequence {new.seq_id} is known already"
+            self._sequences[new.seq_id] = _admit(new)
+        apply_state_ops(self._caches, plan.state_ops)
+        for scheduled in plan.scheduled:
+            assert scheduled.seq_id in self._sequences, f"sequence {scheduled.seq_id} is unknown"
+            self._sequences[scheduled.seq_id].blocks += scheduled.new_blocks
+
+    def _micro_batches(self, plan: StepPlan, hidden: Tensor | None) -> list[_MicroBatch]:
+        counts = [scheduled.num_tokens for scheduled in plan.scheduled]
+        batches = []
+        row = 0
+        for begin, end in split_sequences(counts, self._num_micro_batches, self._tile):
+            scheduled = plan.scheduled[begin:end]
+            meta = self._pack(scheduled)
+            if hidden is None:
+                x = self._embed(scheduled, meta.num_rows)
+            else:
+                rows = hidden[row : row + meta.num_tokens].to(self._device)
+                x = pad_rows(rows, meta.num_rows)
+            row += meta.num_tokens
+            batches.append(_MicroBatch(scheduled, meta, x))
+        assert hidden is None or row == len(hidden), (row, hidden.shape)
+        return batches
+
+    def _pack(self, scheduled: Sequence[ScheduledSequence]) -> BatchMeta:
+        sequences = [self._sequences[s.seq_id] for s in scheduled]
+        return pack(
+            scheduled,
+            [sequence.blocks for sequence in sequences],
+            [sequence.state_slot for sequence in sequences],
+            block_size=self._block_size,
+            tile=self._tile,
+            device=self._device,
+        )
+
+    def _embed(self, scheduled: Iterable[ScheduledSequence], num_rows: int) -> Tensor:
+        token_ids = [
+            token_id if token_id != LAST_SAMPLED else self._last_sampled(s.seq_id)
+            for s in scheduled
+            for token_id in s.token_ids
+        ]
+        token_ids += [0] * (num_rows - len(token_ids))
+        return self._stage.embed(torch.tensor(token_ids, dtype=torch.int64, device=self._device))
+
+    def _last_sampled(self, seq_id: int) -> int:
+        if not self._is_last:
+            raise ValueError(
+                f"sequence {seq_id}: token id LAST_SAMPLED is allowed only where the first stage "
+                "is also the last; here the plan must name the token"
+            )
+        token_id = self._sequences[seq_id].last_sampled
+        assert token_id is not None, f"sequence {seq_id} has sampled nothing yet"
+        return token_id
+
+    def _begin_layer(
+        self, batch: _MicroBatch, layer: DecoderLayer, cache: LayerCache, key: ExchangeKey
+    ) -> None:
+        residual, h = layer.mix(batch.x, batch.meta, cache)
+        if not layer.is_moe:
+            batch.x = layer.combine(residual, layer.mlp(h))
+            return
+        routing = layer.gate(h)
+        real = slice(batch.meta.num_tokens)
+        routing = Routing(routing.expert_ids[real], routing.weights[real], routing.logits[real])
+        handle = self._backend.submit(key, layer.layer_idx, h[real], routing)
+        batch.pending = (layer, residual, handle)
+
+    def _finish_layer(self, batch: _MicroBatch) -> None:
+        if batch.pending is None:
+            return
+        layer, residual, handle = batch.pending
+        batch.pending = None
+        batch.x = layer.combine(residual, pad_rows(handle.result(), batch.meta.num_rows))
+
+    def _real_rows(self, batches: Iterable[_MicroBatch]) -> Tensor:
+        rows = [batch.x[: batch.meta.num_tokens] for batch in batches]
+        if not rows:
+            return torch.empty((0, self._config.hidden_size), dtype=self._dtype)
+        return torch.cat(rows)
+
+    def _sample(self, plan: StepPlan, batches: Iterable[_MicroBatch]) -> StepResult:
+        rows = []
+        requests = []
+        for batch in batches:
+            ends = batch.meta.query_starts[1:]
+            for scheduled, end in zip(batch.scheduled, ends, strict=True):
+                if scheduled.samples:
+                    sequence = self._sequences[scheduled.seq_id]
+                    rows.append(batch.x[end - 1])
+                    requests.append(
+                        SampleRequest(
+                            seq_id=scheduled.seq_id,
+                            position=sequence.num_emitted,
+                            sampling=sequence.sampling,
+                        )
+                    )
+        if not rows:
+            return StepResult(epoch=plan.epoch, step_id=plan.step_id)
+        x = pad_rows(torch.stack(rows), round_up(len(rows), self._tile))
+        sampled = sample(self._stage.head(x)[: len(rows)], requests)
+        for choice in sampled:
+            sequence = self._sequences[choice.seq_id]
+            sequence.num_emitted += 1
+            sequence.last_sampled = choice.token_id
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
+
+
+def _admit(new: NewSequence) -> _Sequence:
+    if new.want != Want():
+        raise ValueError(f"sequence {new.seq_id}: {new.want} is not served; allowed: {Want()}")
+    if new.grammar is not None:
+        raise ValueError(f"sequence {new.seq_id}: grammar is not served; allowed: None")
+    return _Sequence(
+        sampling=new.sampling,
+        state_slot=new.state_slot,
+        num_emitted=len(new.emitted),
+        last_sampled=new.emitted[-1] if new.emitted else None,
+        blocks=[],
+    )

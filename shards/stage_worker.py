@@ -1,0 +1,155 @@
+"""A pipeline stage: a contiguous range of layers, its KV cache and its recurrent state."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import replace
+
+from torch import Tensor
+
+from router.codec import decode, encode
+from router.placement import RoutingTable
+from router.step import StepPlan, StepResult
+from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
+from router.transport.tensors import DTYPE_CODES, TORCH_DTYPES, buffer_tensor, tensor_buffer
+from shards.control import WorkerEvent
+from shards.model_runner import ModelRunner
+from shards.moe_wire import MoeShape
+from shards.remote_experts import ActorBackend, DirectBackend, ExpertLinks, StepLost
+from shards.spec import Role, WorkerSpec
+from shards.worker import Worker
+
+
+class StageWorker(Worker):
+    """Runs plans in the order they arrive; a broken exchange ends the epoch, never the process."""
+
+    def __init__(self, spec: WorkerSpec, transport: Transport, shape: MoeShape) -> None:
+        super().__init__(spec, transport)
+        self._backlog: deque[Frame] = deque()
+        self._epoch = 0
+        self._lost_epoch = 0
+        self._shape = shape
+        self._links = ExpertLinks(transport)
+        self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
+        is_last = spec.index == len(spec.group.stage_layers) - 1
+        self._next = f"{Role.ENGINE}-0" if is_last else f"{Role.STAGE}-{spec.index + 1}"
+        self.runner: ModelRunner | None = None
+
+    @property
+    def backend(self) -> ActorBackend | DirectBackend:
+        """How this stage reaches its experts, by `--dispatch`."""
+        if self.spec.group.dispatch == "direct":
+            return DirectBackend(self._links, self.spec.index, self._advance_step)
+        return self._actor
+
+    def advance(self) -> None:
+        """Run the oldest waiting plan, or wait for an event."""
+        if self._backlog:
+            self._run_step(self._backlog.popleft())
+        else:
+            super().advance()
+
+    def on_frame(self, peer: str, frame: Frame) -> None:
+        """Plans queue up; answers of experts and dispatcher are taken at once."""
+        match frame.header.kind:
+            case FrameKind.STEP:
+                self._backlog.append(frame)
+            case FrameKind.MOE_RESULT:
+                self._actor.on_result(frame)
+            case FrameKind.EXPERT_RESULT:
+                self._links.on_result(peer, frame)
+            case FrameKind.TABLE:
+                self._links.set_table(decode(RoutingTable, frame.meta))
+            case _:
+                super().on_frame(peer, frame)
+
+    def on_connected(self, peer: str) -> None:
+        """A dispatcher that publishes tables is asked for the current one."""
+        if peer == f"{Role.DISPATCHER}-0" and self.spec.group.dispatch == "direct":
+            try:
+                self.transport.send(peer, Frame(Header(kind=FrameKind.TABLE)))
+            except PeerLost:
+                self.on_lost(peer)
+
+    def on_lost(self, peer: str) -> None:
+        """Losing the dispatcher loses the step in hand; losing an expert does not."""
+        self._links.on_lost(peer)
+        if peer == f"{Role.DISPATCHER}-0" and self.spec.group.dispatch == "actor":
+            self._lost_epoch = self._epoch
+
+    def _advance_step(self) -> None:
+        """One turn of the data loop in the middle of a step."""
+        if self.stopping or self._lost_epoch >= self._epoch:
+            raise StepLost(f"{self.spec.peer}: step of epoch {self._epoch} cannot finish")
+        self.handle(self.transport.recv(None))
+
+    def _run_step(self, frame: Frame) -> None:
+        epoch = frame.header.epoch
+        assert self.runner is not None
+        if epoch > self._epoch:
+            self._epoch = epoch
+            self.runner.reset()
+            self._actor.forget()
+            self._links.dispatcher.drop_before(epoch)
+        if epoch < self._epoch or epoch <= self._lost_epoch:
+            return
+        try:
+            plan = decode(StepPlan, frame.meta)
+            self._pass_on(frame, self.runner.execute(plan, self._hidden(frame)))
+        except (StepLost, PeerLost):
+            self._lost_epoch = epoch
+            self.report(WorkerEvent(lost_epoch=epoch))
+
+    def _hidden(self, frame: Frame) -> Tensor | None:
+        """The [T, D] rows that came with a plan; stage 0 gets none."""
+        if not frame.buffers:
+            return None
+        dtype = TORCH_DTYPES[frame.header.dtype]
+        return buffer_tensor(frame.buffers[0], dtype, (-1, self._shape.hidden_size))
+
+    def _pass_on(self, frame: Frame, output: Tensor | StepResult) -> None:
+        if isinstance(output, StepResult):
+            header = replace(frame.header, kind=FrameKind.RESULT)
+            self.transport.send(self._next, Frame(header, encode(output)))
+            return
+        header = replace(frame.header, dtype=DTYPE_CODES[output.dtype])
+        buffers = (tensor_buffer(output.contiguous()),)
+        self.transport.send(self._next, Frame(header, frame.meta, buffers))
+
+
+def make_stage_worker(spec: WorkerSpec, transport: Transport) -> StageWorker:
+    """Load one stage's layers, allocate its caches and wire it to the experts."""
+    from pathlib import Path
+
+    from models.registry import load_config
+    from shards.checkpoint import Checkpoint, load_stage
+    from shards.kv_cache import allocate_caches
+    from shards.threads import torch_dtype, use_threads
+
+    group = spec.group
+    use_threads(group.threads)
+    config = load_config(Path(group.model_path))
+    first, last = group.stage_layers[spec.index]
+    dtype = torch_dtype(group.dtype)
+    checkpoint = Checkpoint(Path(group.model_path))
+    stage = load_stage(config, checkpoint, first, last, dtype)
+    worker = StageWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))
+    worker.bytes_read = checkpoint.bytes_read
+    worker.runner = ModelRunner(
+        config,
+        stage,
+        first,
+        last,
+        allocate_caches(
+            config,
+            range(first, last),
+            num_blocks=group.limits.num_blocks,
+            block_size=group.limits.block_size,
+            num_state_slots=group.limits.num_state_slots,
+            dtype=dtype,
+        ),
+        worker.backend,
+        block_size=group.limits.block_size,
+        dtype=dtype,
+    )
+    return worker

@@ -1,0 +1,135 @@
+"""The data loop that every worker shares: one thread, one transport, control between steps."""
+
+from __future__ import annotations
+
+import logging
+from typing import Protocol
+
+from router.codec import decode, encode
+from router.placement import RoutingTable
+from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
+from shards.control import INGRESS, Control, WorkerEvent
+from shards.spec import Role, WorkerSpec
+
+log = logging.getLogger("conclave.worker")
+
+
+def control_frame(control: Control) -> Frame:
+    """Wrap a control message for the wire."""
+    return Frame(Header(kind=FrameKind.CONTROL), encode(control))
+
+
+class RunsForever(Protocol):
+    """What an actor shell or a subprocess hosts."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Checkpoint bytes this worker has read."""
+
+    @property
+    def transport(self) -> Transport: ...
+
+    def run(self) -> None:
+        """The data loop; returns after a shutdown or when the ingress is gone."""
+
+
+class Worker:
+    """Receives frames until told to stop; subclasses answer `on_frame`, `on_lost`, `on_table`."""
+
+    def __init__(self, spec: WorkerSpec, transport: Transport) -> None:
+        self.spec = spec
+        self.transport = transport
+        self.stopping = False
+        self.bytes_read = 0
+
+    def run(self) -> None:
+        """Handle events until shutdown or until the ingress, which owns this worker, is gone."""
+        try:
+            while not self.stopping:
+                self.advance()
+        finally:
+            self.transport.close()
+
+    def advance(self) -> None:
+        """One turn of the data loop: wait for an event and handle it."""
+        self.handle(self.transport.recv(None))
+
+    def handle(self, event: Received | Lost | None) -> None:
+        """Apply one transport event."""
+        match event:
+            case Received(frame=frame) if frame.header.kind is FrameKind.CONTROL:
+                self._on_control(decode(Control, frame.meta))
+            case Received(peer=peer, frame=frame):
+                self.on_frame(peer, frame)
+            case Lost(peer=peer) if peer == INGRESS:
+                log.info("%s: the ingress is gone, stopping", self.spec.peer)
+                self.stopping = True
+            case Lost(peer=peer):
+                self.on_lost(peer)
+            case None:
+                return
+
+    def _on_control(self, control: Control) -> None:
+        for target in control.connect:
+            try:
+                self.transport.connect(target.peer, target.address)
+            except PeerLost:
+                # Its death reaches the supervisor by itself, which then sends a new address.
+                log.info("%s: %s died before it could be dialled", self.spec.peer, target.peer)
+            else:
+                self.on_connected(target.peer)
+        if control.table is not None:
+            self.on_table(control.table)
+        if control.epoch is not None:
+            self.on_epoch(control.epoch)
+        if control.ack is not None:
+            self.report(WorkerEvent(ack=control.ack))
+        if control.shutdown:
+            self.stopping = True
+
+    def report(self, event: WorkerEvent) -> None:
+        """Tell the ingress; its own death ends this worker anyway."""
+        try:
+            self.transport.send(INGRESS, Frame(Header(kind=FrameKind.EVENT), encode(event)))
+        except PeerLost:
+            self.stopping = True
+
+    def on_frame(self, peer: str, frame: Frame) -> None:
+        """Handle a data frame."""
+        raise AssertionError(f"{self.spec.peer} does not take {frame.header.kind.name} from {peer}")
+
+    def on_lost(self, peer: str) -> None:
+        """A peer's connection ended; by default its respawn is all that matters."""
+
+    def on_connected(self, peer: str) -> None:
+        """A peer has just been dialled."""
+
+    def on_table(self, table: RoutingTable) -> None:
+        """A routing table was published to this worker."""
+
+    def on_epoch(self, epoch: int) -> None:
+        """The group begins a new epoch."""
+
+
+def make_worker(spec: WorkerSpec, transport: Transport) -> RunsForever:
+    """Build and load the worker a spec describes.
+
+    Imports are local to the role: an engine in front of a pipeline never imports torch.
+    """
+    match spec.role:
+        case Role.ENGINE:
+            from shards.engine_worker import make_engine_worker
+
+            return make_engine_worker(spec, transport)
+        case Role.STAGE:
+            from shards.stage_worker import make_stage_worker
+
+            return make_stage_worker(spec, transport)
+        case Role.DISPATCHER:
+            from shards.dispatcher_worker import make_dispatcher_worker
+
+            return make_dispatcher_worker(spec, transport)
+        case Role.EXPERT:
+            from shards.expert_worker import make_expert_worker
+
+            return make_expert_worker(spec, transport)

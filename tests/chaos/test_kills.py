@@ -1,0 +1,75 @@
+"""SIGKILL of any worker behind the ingress: every stream ends with the bits it would have had."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from router.step import SamplingParams
+from shards.group import ModelGroup
+from tests.groups import Answer, ask_all, healed, kill_worker, running_group
+
+GREEDY = SamplingParams(max_tokens=80, temperature=0.0, logprobs=1)
+SEEDED = SamplingParams(max_tokens=80, temperature=1.0, top_p=0.95, seed=11, logprobs=1)
+PROMPTS = [tuple(range(5, 5 + n)) for n in (4, 11, 30)]
+
+
+async def _first_tokens(group: ModelGroup, count: int) -> None:
+    """Wait until a stream of this group has moved `count` tokens."""
+    seen = 0
+    stream = group.generate((7, 8, 9), GREEDY)
+    async for _ in stream:
+        seen += 1
+        if seen == count:
+            stream.abort()
+            return
+
+
+async def _killed(
+    group: ModelGroup, victim: tuple[str, int], sampling: SamplingParams
+) -> list[Answer]:
+    """Answers of all prompts while `victim` dies in their middle."""
+    asked = asyncio.create_task(ask_all(group, PROMPTS, sampling))
+    await _first_tokens(group, 5)
+    assert not asked.done(), "the streams must still be open when the worker dies"
+    kill_worker(group, *victim)
+    answers = await asyncio.wait_for(asked, 60)
+    await healed(group)
+    return answers
+
+
+@pytest.mark.parametrize(
+    ("model", "dispatch"),
+    [("nano-jamba", "actor"), ("nano-dbrx", "direct"), ("nano-phimoe", "actor")],
+)
+async def test_every_role_may_die(model: str, dispatch: str) -> None:
+    options: dict[str, Any] = {"stages": 2, "expert_shards": 2, "expert_replicas": 2}
+    roles = [("expert", 0), ("stage", 0), ("stage", 1), ("dispatcher", 0), ("engine", 0)]
+    with running_group(model, dispatch=dispatch, **options) as group:
+        expected = {s: await ask_all(group, PROMPTS, s) for s in (GREEDY, SEEDED)}
+        for turn, victim in enumerate(roles):
+            before = {(w.role, w.index): w.incarnation for w in group.workers()}
+            sampling = (GREEDY, SEEDED)[turn % 2]
+            assert await _killed(group, victim, sampling) == expected[sampling], victim
+            after = {(w.role, w.index): w.incarnation for w in group.workers()}
+            assert after[victim] == before[victim] + 1
+
+
+@pytest.mark.parametrize("dispatch", ["actor", "direct"])
+async def test_an_expert_without_a_copy_only_delays(dispatch: str) -> None:
+    with running_group("nano-dbrx", stages=1, expert_shards=2, dispatch=dispatch) as group:
+        expected = await ask_all(group, PROMPTS, GREEDY)
+        assert await _killed(group, ("expert", 1), GREEDY) == expected
+
+
+async def test_two_at_once() -> None:
+    with running_group("nano-jamba", stages=2, expert_shards=2) as group:
+        expected = await ask_all(group, PROMPTS, GREEDY)
+        asked = asyncio.create_task(ask_all(group, PROMPTS, GREEDY))
+        await _first_tokens(group, 5)
+        kill_worker(group, "engine", 0)
+        kill_worker(group, "expert", 1)
+        assert await asyncio.wait_for(asked, 60) == expected
+        await healed(group)

@@ -1,0 +1,85 @@
+"""Model instances of real worker subprocesses, and ways to ask them for tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deploy.config import parse_args
+from deploy.resolve import resolve
+from router.placement import place_experts
+from router.step import SamplingParams
+from router.transport.sockets import SocketTransport
+from shards.client import GroupState
+from shards.control import INGRESS
+from shards.group import ModelGroup
+from shards.subprocess_launcher import SubprocessLauncher
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one sequence gave: token ids, their logprobs, and why it ended."""
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    finish: str
+
+
+@contextmanager
+def running_group(model: str | Path, **options: Any) -> Iterator[ModelGroup]:
+    """A started group whose workers are subprocesses of this test."""
+    spec = resolve(parse_args({"model": str(model), "dtype": "float32", **options})).spec
+    placement = None
+    if spec.num_expert_shards:
+        from models.registry import load_config
+
+        experts = load_config(Path(spec.model_path)).num_experts
+        placement = place_experts(experts, spec.num_expert_shards, spec.num_expert_replicas)
+    transport = SocketTransport(INGRESS, spec.secret)
+    env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
+    group = ModelGroup(spec, placement, SubprocessLauncher(env), transport)
+    group.start(timeout=120)
+    try:
+        yield group
+    finally:
+        group.stop()
+
+
+async def ask(group: ModelGroup, prompt: tuple[int, ...], sampling: SamplingParams) -> Answer:
+    """One sequence to its end."""
+    stream = group.generate(prompt, sampling)
+    tokens = [token async for token in stream]
+    return Answer(
+        tuple(t.token_id for t in tokens),
+        tuple(t.logprob for t in tokens),
+        str(tokens[-1].finish),
+    )
+
+
+async def ask_all(
+    group: ModelGroup, prompts: list[tuple[int, ...]], sampling: SamplingParams
+) -> list[Answer]:
+    """All sequences at once."""
+    return list(await asyncio.gather(*(ask(group, p, sampling) for p in prompts)))
+
+
+def kill_worker(group: ModelGroup, role: str, index: int) -> int:
+    """SIGKILL one worker process by its id; returns the id."""
+    pid = next(w.pid for w in group.workers() if (w.role, w.index) == (role, index))
+    os.kill(pid, signal.SIGKILL)
+    return pid
+
+
+async def healed(group: ModelGroup, timeout: float = 60.0) -> None:
+    """Wait until every worker lives and the group is ready again."""
+    async with asyncio.timeout(timeout):
+        while group.state is not GroupState.READY or any(
+            w.state != "alive" for w in group.workers()
+        ):
+            await asyncio.sleep(0.05)

@@ -1,0 +1,167 @@
+"""The sampler against plain restatements of its rules, and its independence of neighbours."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from router.step import Sampled, SamplingParams
+from shards.sampler import SampleRequest, sample, uniform
+
+GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
+
+
+def request(sampling: SamplingParams, position: int = 0, seq_id: int = 0) -> SampleRequest:
+    return SampleRequest(seq_id=seq_id, position=position, sampling=sampling)
+
+
+def one(row: Tensor, sampling: SamplingParams, position: int = 0) -> Sampled:
+    return sample(row[None], [request(sampling, position)])[0]
+
+
+def random_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
+    return torch.randn((rows, vocab), generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def expected_distribution(row: Tensor, sampling: SamplingParams) -> dict[int, float]:
+    """Plain Python: temperature, min_p, top_k, top_p over Python floats."""
+    scaled = [float(x) / sampling.temperature for x in row]
+    total = sum(math.exp(x) for x in scaled)
+    probs = {i: math.exp(x) / total for i, x in enumerate(scaled)}
+    floor = sampling.min_p * max(probs.values())
+    ranked = sorted(((i, p) for i, p in probs.items() if p >= floor), key=lambda t: (-t[1], t[0]))
+    if sampling.top_k:
+        ranked = ranked[: sampling.top_k]
+    total = sum(p for _, p in ranked)
+    kept: dict[int, float] = {}
+    reached = 0.0
+    for i, p in ranked:
+        if kept and reached >= sampling.top_p:
+            break
+        kept[i] = p
+        reached += p / total
+    total = sum(kept.values())
+    return {i: p / total for i, p in kept.items()}
+
+
+def test_greedy_takes_the_lowest_of_equals() -> None:
+    row = torch.tensor([0.0, 3.0, 1.0, 3.0])
+    assert one(row, GREEDY).token_id == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.3},
+        {"top_k": 4},
+        {"top_p": 0.7},
+        {"min_p": 0.2},
+        {"temperature": 1.7, "top_k": 6, "top_p": 0.8, "min_p": 0.05},
+    ],
+)
+def test_frequencies_follow_the_distribution(options: dict[str, float]) -> None:
+    row = random_logits(1, 12, seed=3)[0] / 2
+    sampling = SamplingParams(max_tokens=1, seed=11, **options)  # type: ignore[arg-type]
+    expected = expected_distribution(row, sampling)
+    draws = 4000
+    counts = dict.fromkeys(range(12), 0)
+    for position in range(draws):
+        counts[one(row, sampling, position).token_id] += 1
+    assert {i for i, c in counts.items() if c} <= set(expected)
+    for i, p in expected.items():
+        assert abs(counts[i] / draws - p) < 5 * math.sqrt(p * (1 - p) / draws) + 1e-9
+
+
+def test_every_number_falls_on_the_inverse_cdf() -> None:
+    row = random_logits(1, 3000, seed=5)[0] / 8  # flat: the nucleus outgrows the first candidates
+    sampling = SamplingParams(max_tokens=1, seed=2, top_p=0.95)
+    expected = expected_distribution(row, sampling)
+    assert len(expected) > 1024
+    ranked = list(expected)
+    edges = np.cumsum(list(expected.values()))
+    for position in range(200):
+        number = uniform(2, 0, position)
+        at = int(np.searchsorted(edges, number, side="right"))
+        if abs(edges[at] - number) < 1e-9 or (at and abs(edges[at - 1] - number) < 1e-9):
+            continue
+        assert one(row, sampling, position).token_id == ranked[at]
+
+
+def test_equal_probabilities_keep_the_lower_ids() -> None:
+    row = torch.zeros(2000)
+    for options in ({"top_k": 3}, {"top_p": 3 / 2000 - 1e-6}):
+        sampling = SamplingParams(max_tokens=1, **options)  # type: ignore[arg-type]
+        chosen = {one(row, replace(sampling, seed=s)).token_id for s in range(60)}
+        assert chosen == {0, 1, 2}
+
+
+def test_numbers_depend_on_seed_sample_and_position_alone() -> None:
+    numbers = {uniform(s, i, p) for s in (0, 1, 2**64 - 1) for i in (0, 1) for p in range(50)}
+    assert len(numbers) == 300
+    assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
+    assert 0.4 < sum(uniform(7, 0, p) for p in range(2000)) / 2000 < 0.6
+    reference = np.random.Generator(
+        np.random.Philox(key=np.array([5, 6], np.uint64), counter=np.array([7, 0, 0, 0], np.uint64))
+    )
+    assert uniform(5, 6, 7) == reference.random()
+
+
+def test_a_row_does_not_feel_its_neighbours() -> None:
+    logits = random_logits(9, 5003)
+    kinds = [
+        replace(GREEDY, logprobs=5),
+        SamplingParams(max_tokens=4, seed=1, logprobs=3),
+        SamplingParams(max_tokens=4, seed=2, top_p=0.9, logprobs=0),
+        SamplingParams(max_tokens=4, seed=3, top_k=20, temperature=0.5),
+    ]
+    requests = [request(kinds[i % 4], position=i, seq_id=i) for i in range(9)]
+    together = sample(logits, requests)
+    alone = [sample(logits[i : i + 1], [requests[i]])[0] for i in range(9)]
+    backwards = sample(logits.flip(0), requests[::-1])[::-1]
+    assert together == alone == backwards
+
+
+def test_logprobs_are_of_the_raw_logits() -> None:
+    row = random_logits(1, 300, seed=8)[0]
+    exact = torch.log_softmax(row.double(), -1)
+    sampling = SamplingParams(max_tokens=4, temperature=0.2, top_k=2, logprobs=6, min_tokens=1)
+    got = one(row, replace(sampling, stop_token_ids=(int(row.argmax()),)))
+    assert got.logprob == pytest.approx(float(exact[got.token_id]), abs=1e-5)
+    ids = [i for i, _ in got.top_logprobs]
+    assert ids == torch.sort(row, descending=True, stable=True).indices[:6].tolist()
+    assert [p for _, p in got.top_logprobs] == pytest.approx(exact[ids].tolist(), abs=1e-5)
+    assert all(type(i) is int and type(p) is float for i, p in got.top_logprobs)
+    assert type(got.logprob) is float
+
+
+def test_no_logprobs_unless_asked() -> None:
+    row = random_logits(1, 20)[0]
+    assert one(row, GREEDY).logprob is None
+    only = one(row, replace(GREEDY, logprobs=0))
+    assert only.logprob is not None
+    assert only.top_logprobs == ()
+    assert len(one(row, replace(GREEDY, logprobs=50)).top_logprobs) == 20
+
+
+def test_min_tokens_holds_the_stop_tokens_back() -> None:
+    row = torch.tensor([1.0, 5.0, 4.0, 3.0])
+    sampling = replace(GREEDY, min_tokens=2, stop_token_ids=(1, 2, 99))
+    assert [one(row, sampling, p).token_id for p in range(3)] == [3, 3, 1]
+    assert row.tolist() == [1.0, 5.0, 4.0, 3.0]
+
+
+def test_bfloat16_logits_are_widened() -> None:
+    row = random_logits(1, 100)[0].bfloat16()
+    sampling = SamplingParams(max_tokens=1, seed=4, logprobs=2)
+    assert one(row, sampling) == one(row.float(), sampling)
+
+
+def test_tiny_temperature_is_greedy() -> None:
+    row = random_logits(1, 50, seed=1)[0]
+    assert one(row, SamplingParams(max_tokens=1, temperature=1e-300)).token_id == int(row.argmax())

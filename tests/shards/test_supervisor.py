@@ -1,0 +1,232 @@
+"""The healing policy, checked against what a group must satisfy after any storm of deaths."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from router.engine import EngineLimits
+from router.placement import place_experts
+from shards.client import GroupState
+from shards.control import Started
+from shards.spec import GroupSpec, WorkerSpec
+from shards.supervisor import (
+    MAX_DEATHS,
+    Action,
+    BeginEpoch,
+    Dial,
+    GiveUp,
+    Spawn,
+    Supervisor,
+    Suspend,
+    Tell,
+    worker_specs,
+)
+
+LIMITS = EngineLimits(
+    block_size=16,
+    num_blocks=8,
+    num_state_slots=0,
+    max_num_seqs=4,
+    max_num_batched_tokens=64,
+    max_model_len=64,
+)
+
+
+def group_spec(stages: int = 2, experts: int = 2, replicas: int = 1) -> GroupSpec:
+    return GroupSpec(
+        model_path="/nowhere",
+        dtype="float32",
+        executor="pipeline",
+        dispatch="actor",
+        stage_layers=tuple((i, i + 1) for i in range(stages)),
+        num_expert_shards=experts,
+        num_expert_replicas=replicas,
+        limits=LIMITS,
+        threads=1,
+        secret="s",
+    )
+
+
+class World:
+    """Carries the supervisor's actions out: processes, connections, tables and epochs."""
+
+    def __init__(self, spec: GroupSpec) -> None:
+        placement = place_experts(16, spec.num_expert_shards, spec.num_expert_replicas)
+        self.supervisor = Supervisor(spec, placement)
+        self.starting: dict[str, WorkerSpec] = {}
+        self.alive: dict[str, str] = {}
+        self.specs: dict[str, WorkerSpec] = {}
+        self.acks: list[tuple[str, int]] = []
+        self.dialled: dict[tuple[str, str], str] = {}
+        self.epochs: list[int] = []
+        self.open = False
+        self.engine_epoch = 0
+        self.tables: dict[str, int] = {}
+        self.gave_up = ""
+        self.do(self.supervisor.start())
+
+    def do(self, actions: list[Action]) -> None:
+        for action in actions:
+            match action:
+                case Spawn(spec):
+                    assert spec.peer not in self.starting
+                    assert spec.peer not in self.alive
+                    self.starting[spec.peer] = spec
+                case Dial(target):
+                    assert self.alive.get(target.peer) == target.address
+                case Tell(peer, control):
+                    if peer not in self.alive:
+                        continue
+                    for target in control.connect:
+                        self.dialled[peer, target.peer] = target.address
+                    if control.table is not None:
+                        self.tables[peer] = control.table.version
+                    if control.epoch is not None:
+                        self.engine_epoch = control.epoch
+                    if control.ack is not None:
+                        self.acks.append((peer, control.ack))
+                case Suspend():
+                    assert self.open
+                    self.open = False
+                case BeginEpoch(epoch):
+                    assert not self.open
+                    assert self.engine_epoch == epoch
+                    self.open = True
+                    self.epochs.append(epoch)
+                    self.check_connections()
+                case GiveUp(reason):
+                    self.gave_up = reason
+
+    def check_connections(self) -> None:
+        """Whoever dials somebody in the data path has dialled the incarnation that lives now."""
+        for spec in worker_specs(self.supervisor._spec):
+            if spec.role in ("engine", "stage"):
+                dialled = {t: a for (p, t), a in self.dialled.items() if p == spec.peer}
+                assert dialled, spec.peer
+                for target, address in dialled.items():
+                    assert self.alive.get(target) == address, (spec.peer, target)
+
+    def come_up(self, peer: str) -> None:
+        spec = self.starting.pop(peer)
+        address = f"{peer}@{spec.incarnation}"
+        self.alive[peer] = address
+        self.specs[peer] = spec
+        self.do(self.supervisor.on_started(spec, Started(address=address, pid=1, node_id="n")))
+
+    def die(self, peer: str, now: float, fatal: bool = False) -> None:
+        spec = self.specs[peer]
+        del self.alive[peer]
+        for key in [k for k in self.dialled if k[0] == peer]:
+            del self.dialled[key]
+        self.acks = [(p, a) for p, a in self.acks if p != peer]
+        self.do(self.supervisor.on_died(spec, "killed", now, fatal))
+
+    def ack(self) -> None:
+        peer, ack = self.acks.pop(0)
+        self.do(self.supervisor.on_ack(peer, ack))
+
+    def settle(self) -> None:
+        while self.starting or self.acks:
+            if self.starting:
+                self.come_up(next(iter(self.starting)))
+            else:
+                self.ack()
+
+
+def test_first_epoch_waits_for_everyone_including_experts() -> None:
+    world = World(group_spec())
+    while len(world.starting) > 1:
+        world.come_up(next(p for p in world.starting if p != "expert-1"))
+    assert not world.acks
+    assert world.supervisor.state is GroupState.STARTING
+    world.settle()
+    assert world.epochs == [1]
+    assert world.supervisor.state is GroupState.READY
+
+
+@pytest.mark.parametrize("victim", ["engine-0", "stage-0", "stage-1", "dispatcher-0"])
+def test_death_of_the_core_ends_the_epoch_and_begins_the_next(victim: str) -> None:
+    world = World(group_spec())
+    world.settle()
+    world.die(victim, 0.0)
+    assert not world.open
+    assert world.supervisor.state is GroupState.RECOVERING
+    world.settle()
+    assert world.epochs == [1, 2]
+    assert world.supervisor.state is GroupState.READY
+
+
+def test_death_of_an_expert_changes_the_table_and_not_the_epoch() -> None:
+    world = World(group_spec(experts=2, replicas=2))
+    world.settle()
+    before = world.tables["dispatcher-0"]
+    world.die("expert-0", 0.0)
+    assert world.open
+    assert world.tables["dispatcher-0"] == before + 1
+    assert world.supervisor.state is GroupState.READY, "every expert still has a copy"
+    world.settle()
+    assert world.tables["dispatcher-0"] == before + 2
+    assert world.epochs == [1]
+
+
+def test_an_expert_without_a_copy_is_missed_but_holds_no_epoch_back() -> None:
+    world = World(group_spec(experts=2, replicas=1))
+    world.settle()
+    world.die("expert-0", 0.0)
+    assert world.open
+    assert world.supervisor.state is GroupState.RECOVERING
+    world.die("stage-0", 1.0)
+    world.come_up("stage-0")
+    while world.acks:
+        world.ack()
+    assert world.epochs == [1, 2]
+    world.settle()
+    assert world.supervisor.state is GroupState.READY
+
+
+def test_fatal_and_repeated_deaths_give_up() -> None:
+    world = World(group_spec())
+    world.come_up("stage-0")
+    world.die("stage-0", 0.0, fatal=True)
+    assert world.gave_up.startswith("stage-0")
+    assert world.supervisor.state is GroupState.FAILED
+    world = World(group_spec())
+    for _ in range(MAX_DEATHS + 1):
+        world.settle()
+        world.die("stage-0", 1.0)
+    assert world.supervisor.state is GroupState.FAILED
+
+
+def test_a_lost_step_without_a_death_begins_a_new_epoch() -> None:
+    world = World(group_spec())
+    world.settle()
+    world.do(world.supervisor.on_step_lost(1, 0.0))
+    assert not world.open
+    world.settle()
+    assert world.epochs == [1, 2]
+    world.do(world.supervisor.on_step_lost(1, 0.0))
+    assert world.open, "reports of an earlier epoch are stale"
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_any_storm_of_deaths_heals(seed: int) -> None:
+    rng = random.Random(seed)
+    world = World(group_spec(stages=3, experts=3, replicas=rng.choice([1, 2])))
+    for now in range(200):
+        choices = ["up"] * bool(world.starting) + ["ack"] * bool(world.acks)
+        if world.alive and rng.random() < 0.1:
+            # Far enough apart that the window never overflows.
+            world.die(rng.choice(sorted(world.alive)), now * 100.0)
+        elif choices:
+            if rng.choice(choices) == "up":
+                world.come_up(rng.choice(sorted(world.starting)))
+            else:
+                world.ack()
+        assert not world.gave_up
+    world.settle()
+    assert world.open
+    assert world.supervisor.state is GroupState.READY
+    assert world.epochs == list(range(1, len(world.epochs) + 1))
+    assert all(w.state == "alive" for w in world.supervisor.workers())
