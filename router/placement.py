@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -39,26 +38,33 @@ class RoutingTable:
 def place_experts(num_experts: int, num_shards: int, num_replicas: int) -> Placement:
     """Spread `num_experts` logical experts with `num_replicas` copies each over `num_shards`.
 
-    Copies of one expert land on different shards. Counts need not divide evenly.
-    Raises ValueError when a copy would share a shard with another copy or a shard stays empty.
+    Shards hold equally many experts, give or take one; copies of one expert land on different
+    shards. Raises ValueError when a copy would share a shard with another copy or a shard stays
+    empty.
     """
-    if not 1 <= num_shards <= num_experts * num_replicas:
-        raise ValueError(
-            f"expert_shards={num_shards}: allowed 1..{num_experts * num_replicas} "
-            f"for {num_experts} experts with {num_replicas} replicas"
-        )
+    num_copies = num_experts * num_replicas
+    if num_experts < 1:
+        raise ValueError(f"num_experts={num_experts}: allowed 1 or more")
     if not 1 <= num_replicas <= num_shards:
         raise ValueError(
             f"expert_replicas={num_replicas}: allowed 1..{num_shards} with "
             f"expert_shards={num_shards} (copies of an expert must not share a shard)"
         )
-    holders = tuple(tuple(_copies(e, num_experts, num_shards, num_replicas)) for e in range(num_experts))
-    return Placement(num_shards=num_shards, shards=holders)
-
-
-def _copies(expert: int, num_experts: int, num_shards: int, num_replicas: int) -> Iterator[int]:
-    # Contiguous runs first (cheap range reads of stacked experts); replica r is shifted by r
-    # shards, so that the loss of one shard spreads its load.
-    home = expert * num_shards // num_experts if num_shards <= num_experts else expert
-    for replica in range(num_replicas):
-        yield (home + replica * max(1, num_shards // num_replicas)) % num_shards
+    if not 1 <= num_shards <= num_copies:
+        raise ValueError(
+            f"expert_shards={num_shards}: allowed 1..{num_copies} "
+            f"for {num_experts} experts with {num_replicas} replicas"
+        )
+    # All copies in one line, replica after replica, cut into even runs: each shard reads one
+    # contiguous range of experts. Copies of an expert are num_experts apart, and no run is
+    # longer than that because num_replicas <= num_shards.
+    return Placement(
+        num_shards=num_shards,
+        shards=tuple(
+            tuple(
+                (replica * num_experts + expert) * num_shards // num_copies
+                for replica in range(num_replicas)
+            )
+            for expert in range(num_experts)
+        ),
+    )

@@ -43,8 +43,8 @@ class EngineLimits:
 
     @property
     def num_seats(self) -> int:
-        """Sequences that may run at once; each then gets a token of every step's budget."""
-        seats = min(self.max_num_seqs, self.max_num_batched_tokens)
+        """Sequences that may run at once: no more than the budgets of all steps have tokens."""
+        seats = min(self.max_num_seqs, self.max_num_batched_tokens * self.max_in_flight)
         return min(seats, self.num_state_slots) if self.num_state_slots else seats
 
 
@@ -86,7 +86,8 @@ class Scheduler:
 
     A sequence takes the blocks of all its known tokens when it starts and grows by decoding.
     When blocks run out, better ranks preempt worse ones and the worst waits, so the best always
-    advances. `released` collects what the stages must forget with the next plan.
+    advances; a waiting sequence preempts only worse priorities. `released` collects what the
+    stages must forget with the next plan.
     """
 
     def __init__(self, limits: EngineLimits) -> None:
@@ -115,16 +116,15 @@ class Scheduler:
 
         While nothing is in flight and any sequence is left, there is always a plan.
         """
-        preemptions = self.num_preemptions
-        continued = self._continue_running(step_id)
+        started = self._make_way(step_id)
+        continued = self._continue_running(step_id, len(started))
         decodes = [seq for seq in continued if seq.num_pending == 1]
-        prefills = sorted((s for s in continued if s.num_pending > 1), key=lambda s: s.rank)
+        prefills = [*started, *(seq for seq in continued if seq.num_pending > 1)]
+        prefills.sort(key=lambda s: s.rank)
         budget = self.limits.max_num_batched_tokens - len(decodes)
-        started: list[Sequence] = []
-        # Starting others right after a preemption would only preempt again.
-        if self.num_preemptions == preemptions:
-            started = self._start_waiting(step_id, budget, prefills, num_in_flight)
-        prefills += started
+        more = self._start_waiting(step_id, budget, prefills, num_in_flight)
+        started += more
+        prefills += more
         chunks = split_budget(budget, [seq.num_pending for seq in prefills])
         work = [*((seq, 1) for seq in decodes), *zip(prefills, chunks, strict=True)]
         if not work:
@@ -143,7 +143,7 @@ class Scheduler:
             released=released,
         )
 
-    def _continue_running(self, step_id: int) -> list[Sequence]:
+    def _continue_running(self, step_id: int, num_started: int) -> list[Sequence]:
         """Mark in flight the running sequences that take part, longest idle first.
 
         With several steps in flight each gets its share of the running set, so that all stages
@@ -167,7 +167,8 @@ class Scheduler:
             # Without a worse idle one it keeps what it holds and waits: the better ones get on.
             if victim.rank <= seq.rank:
                 return False
-            self._preempt(victim, seq)
+            victim.overtaken += seq.arrival > victim.arrival
+            self._preempt(victim)
         seq.blocks += self.blocks.allocate(max(0, missing))
         return True
 
@@ -185,40 +186,46 @@ class Scheduler:
         for seq in self.waiting[: limits.num_seats + MAX_SKIPPED]:
             if len(started) == share or len(needs) >= budget or skipped > MAX_SKIPPED:
                 break
-            if not worth_starting(budget, needs, seq.num_pending):
+            aged = seq.overtaken >= MAX_OVERTAKES
+            if not aged and not worth_starting(budget, needs, seq.num_pending):
                 skipped += 1
                 continue
-            victims = self._victims_for(seq)
-            if victims is None:
-                if seq.overtaken >= MAX_OVERTAKES or len(self.running) >= limits.num_seats:
+            if not self._fits(seq):
+                if aged or len(self.running) >= limits.num_seats:
                     break
                 skipped += 1
                 continue
-            for victim in victims:
-                self._preempt(victim, seq)
             self._start(seq, step_id)
             started.append(seq)
             needs.append(seq.num_pending)
         return started
 
-    def _victims_for(self, seq: Sequence) -> list[Sequence] | None:
-        """Which sequences of worse tiers make room for a waiting one; None when that is no help.
+    def _fits(self, seq: Sequence, without: Seq[Sequence] = ()) -> bool:
+        """Whether a waiting sequence could start if those in `without` did not run.
 
         Each running sequence's next block stays free, or the newcomer would soon be preempted.
         """
-        need = self.blocks.blocks_for(seq.length)
-        free = self.blocks.num_free - len(self.running)
-        seats = self.limits.num_seats - len(self.running)
+        num_running = len(self.running) - len(without)
+        free = self.blocks.num_free + sum(len(other.blocks) for other in without) - num_running
+        return num_running < self.limits.num_seats and self.blocks.blocks_for(seq.length) <= free
+
+    def _make_way(self, step_id: int) -> list[Sequence]:
+        """Start the first of the queue in the place of sequences of worse priority, if it must
+        and that is enough."""
+        if not self.waiting or self._fits(self.waiting[0]):
+            return []
+        first = self.waiting[0]
+        worse = [s for s in self._idle() if s.tier > first.tier and s.priority > first.priority]
+        worse.sort(key=lambda s: s.rank)
         victims: list[Sequence] = []
-        if free < need or seats < 1:
-            worse = (other for other in self._idle() if other.tier > seq.tier)
-            for victim in sorted(worse, key=lambda s: s.rank, reverse=True):
-                victims.append(victim)
-                free += len(victim.blocks) + 1
-                seats += 1
-                if free >= need and seats >= 1:
-                    break
-        return victims if free >= need and seats >= 1 else None
+        while not self._fits(first, victims):
+            if not worse:
+                return []
+            victims.append(worse.pop())
+        for victim in victims:
+            self._preempt(victim)
+        self._start(first, step_id)
+        return [first]
 
     def _start(self, seq: Sequence, step_id: int) -> None:
         self.waiting.remove(seq)
@@ -237,10 +244,9 @@ class Scheduler:
         seq.in_flight = True
         seq.last_step = step_id
 
-    def _preempt(self, victim: Sequence, beneficiary: Sequence) -> None:
+    def _preempt(self, victim: Sequence) -> None:
         """Take everything from a running sequence; it is recomputed from its tokens later."""
         self._vacate(victim)
-        victim.overtaken += beneficiary.arrival > victim.arrival
         self.num_preemptions += 1
         self.add(victim)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from operator import gt
 from pathlib import Path
 from typing import Any
 
@@ -79,18 +78,16 @@ class Checkpoint:
         """The wanted rows alone, contiguous, in memory of their own. Raises CheckpointError."""
         source = self.find(wanted)
         self.dtype(source.name)
-        extent, shape = extent_on_disk(wanted, source), self.shape(source.name)
-        whole = source.start is None and source.index is None
-        if len(extent) != len(shape) or any(map(gt, extent, shape)) or (whole and extent != shape):
+        if not _fits(self.shape(source.name), extent_on_disk(wanted, source), source):
             raise CheckpointError(
-                f"{self.path}: tensor {source.name} has shape {list(shape)}, not {list(extent)}"
+                f"{self.path}: tensor {source.name} has shape {list(self.shape(source.name))}, "
+                f"not {list(extent_on_disk(wanted, source))}"
             )
         entry: Any = self._files[source.name].get_slice(source.name)
         rows = slice(source.start, source.stop)
         values: Tensor = entry[rows] if source.index is None else entry[source.index, rows]
         self.bytes_read += values.nbytes
-        # Always a copy: a view of the mapped file has the file's alignment (matrix kernels may
-        # sum in another order then) and changes under us if the file does.
+        # Always a copy: a view of the mapped file would change, or crash us, if the file did.
         owned = torch.empty(wanted.shape, dtype=dtype, device=device)
         return owned.copy_(values.t() if wanted.transpose else values)
 
@@ -139,6 +136,18 @@ def extent_on_disk(wanted: TensorSlice, source: TensorSource) -> tuple[int, ...]
     if source.stop is not None:
         shape = (source.stop, *shape[1:])
     return shape if source.index is None else (source.index + 1, *shape)
+
+
+def _fits(shape: tuple[int, ...], extent: tuple[int, ...], source: TensorSource) -> bool:
+    """Sliced dimensions may be longer than what is wanted of them, all others must be equal."""
+    stacked = source.index is not None
+    sliced = {0} if stacked else set()
+    if source.stop is not None:
+        sliced.add(1 if stacked else 0)
+    return len(shape) == len(extent) and all(
+        have >= need if dim in sliced else have == need
+        for dim, (have, need) in enumerate(zip(shape, extent, strict=True))
+    )
 
 
 def verify(config: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 
 from router.codec import decode, encode
@@ -11,6 +12,9 @@ from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.control import INGRESS, WorkerEvent
 from shards.spec import WorkerSpec
 from shards.worker import Worker
+
+
+log = logging.getLogger("conclave.engine")
 
 
 class PipelineExecutor:
@@ -30,7 +34,7 @@ class PipelineExecutor:
         """A result frame has arrived."""
         self._results.append(result)
 
-    def poll(self, timeout: float) -> StepResult | None:
+    def poll(self, timeout: float | None) -> StepResult | None:
         """The next result that has arrived; never waits, frames arrive in the data loop."""
         return self._results.popleft() if self._results else None
 
@@ -93,7 +97,8 @@ class EngineWorker(Worker):
                 return
             try:
                 self._executor.submit(plan)
-            except PeerLost:
+            except PeerLost as error:
+                log.warning("a step of epoch %d is lost: %s", self._epoch, error)
                 self.report(WorkerEvent(lost_epoch=self._epoch))
                 return
 

@@ -31,9 +31,7 @@ class Handle(Protocol):
 class ExpertBackend(Protocol):
     """Runs the routed experts of a MoE layer, here or elsewhere, with the same bits."""
 
-    def submit(
-        self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing
-    ) -> Handle:
+    def submit(self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing) -> Handle:
         """Start the experts on `hidden` [T, D]; `routing` has the same T tokens."""
 
 
@@ -52,9 +50,9 @@ class LocalExpertBackend:
         self._bank = bank
         self._num_experts = num_experts
 
-    def submit(
-        self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing
-    ) -> Handle:
+    def submit(self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing) -> Handle:
         """Same permutation and combine as the distributed path, without the distance."""
         permutation = permute(routing.expert_ids, self._num_experts)
-        raise AssertionError(permutation, combine)
+        pairs = [(expert, count) for expert, count in enumerate(permutation.counts) if count]
+        rows = self._bank.forward(layer_idx, pairs, hidden[permutation.tokens])
+        return _Finished(combine(rows, permutation, routing.weights, hidden.dtype))

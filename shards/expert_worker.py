@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from router.dispatcher import expert_result, read_expert_call
+from router.expert_call import expert_result, read_expert_call
 from router.transport.base import Frame, FrameKind, PeerLost, Transport
 from shards.expert_bank import ExpertBank
 from shards.spec import WorkerSpec
@@ -21,7 +21,7 @@ class ExpertWorker(Worker):
         if frame.header.kind is not FrameKind.EXPERT_CALL:
             super().on_frame(peer, frame)
             return
-        pairs, rows = read_expert_call(frame, self._bank.hidden_size)
+        pairs, rows = read_expert_call(frame)
         outputs = self._bank.forward(frame.header.layer, pairs, rows)
         try:
             self.transport.send(peer, expert_result(frame, outputs))
@@ -37,7 +37,7 @@ def make_expert_worker(spec: WorkerSpec, transport: Transport) -> ExpertWorker:
     from models.registry import load_config
     from router.placement import place_experts
     from shards.checkpoint import Checkpoint, load_experts
-    from shards.threads import torch_dtype, use_threads
+    from shards.threads import dtype_of, use_threads
 
     group = spec.group
     use_threads(group.threads)
@@ -47,7 +47,7 @@ def make_expert_worker(spec: WorkerSpec, transport: Transport) -> ExpertWorker:
     )
     checkpoint = Checkpoint(Path(group.model_path))
     held = placement.held_by(spec.index)
-    bank = load_experts(config, checkpoint, held, torch_dtype(group.dtype))
+    bank = load_experts(config, checkpoint, held, dtype_of(group.dtype))
     worker = ExpertWorker(spec, transport, bank)
     worker.bytes_read = checkpoint.bytes_read
     return worker

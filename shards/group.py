@@ -23,6 +23,7 @@ from shards.supervisor import (
     Action,
     BeginEpoch,
     Dial,
+    Discard,
     GiveUp,
     Spawn,
     Supervisor,
@@ -51,6 +52,9 @@ class Launcher(Protocol):
 
     def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         """Start a worker without waiting for it."""
+
+    def discard(self, spec: WorkerSpec) -> None:
+        """Kill this incarnation if it still runs."""
 
     def close(self) -> None:
         """Kill what is left of the workers and wait for it."""
@@ -199,8 +203,11 @@ class ModelGroup:
             self._settled.set()
 
     def _handle(self, event: Received | Lost | None) -> None:
+        if isinstance(event, Lost):
+            # Seen earlier than the launcher's report: a process may take long to end.
+            now = time.monotonic()
+            self._apply(self._supervisor.on_connection_lost(event.peer, now))
         if not isinstance(event, Received):
-            # A lost connection alone proves nothing; deaths are reported by the launcher.
             return
         match event.frame.header.kind:
             case FrameKind.TOKENS:
@@ -237,6 +244,9 @@ class ModelGroup:
             match action:
                 case Spawn(spec):
                     self._launcher.spawn(spec, self)
+                case Discard(spec):
+                    log.warning("%s (incarnation %d) is lost", spec.peer, spec.incarnation)
+                    self._launcher.discard(spec)
                 case Dial(target):
                     self._dial(target.peer, target.address)
                 case Tell(peer, control):

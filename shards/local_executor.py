@@ -9,13 +9,14 @@ import torch
 
 from models.interface import ModelConfig
 from models.registry import load_config
+from router.engine import EngineLimits
 from router.step import StepPlan, StepResult
 from shards.checkpoint import Checkpoint, load_experts, load_stage, verify
 from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
 from shards.model_runner import ModelRunner
-from shards.spec import EngineLimits, GroupSpec
-from shards.threads import torch_dtype, use_threads
+from shards.spec import GroupSpec
+from shards.threads import dtype_of, use_threads
 
 
 class LocalExecutor:
@@ -51,6 +52,7 @@ class LocalExecutor:
             ),
             block_size=limits.block_size,
             dtype=dtype,
+            num_micro_batches=1,  # nothing to overlap: the experts run in this thread
         )
         self._epoch: int | None = None
         self._plans: deque[StepPlan] = deque()
@@ -60,7 +62,7 @@ class LocalExecutor:
         """Queue a plan; the first one of a new epoch makes the runner forget everything."""
         self._plans.append(plan)
 
-    def poll(self, timeout: float) -> StepResult | None:
+    def poll(self, timeout: float | None) -> StepResult | None:
         """Run the oldest queued plan, however long it takes; None when there is none."""
         if not self._plans:
             return None
@@ -77,4 +79,4 @@ def load_local_executor(group: GroupSpec) -> LocalExecutor:
     """The local executor of a group as its spec describes it."""
     use_threads(group.threads)
     config = load_config(Path(group.model_path))
-    return LocalExecutor(config, group.model_path, torch_dtype(group.dtype), group.limits)
+    return LocalExecutor(config, group.model_path, dtype_of(group.dtype), group.limits)

@@ -1,15 +1,14 @@
-"""From scheduled sequences to the rows of a batch: pure packing, padding and splitting."""
+"""From scheduled sequences to the rows of a batch: pure packing and splitting."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
-from torch import Tensor
 
 from models.interface import BatchMeta
+from models.layers.rowwise import padded_rows
 from router.step import ScheduledSequence
 
 
@@ -24,10 +23,11 @@ def split_sequences(
     if not counts:
         return ()
     assert num_micro_batches in (1, 2), num_micro_batches
-    before = list(accumulate(counts))
-    if num_micro_batches == 1 or len(counts) == 1 or before[-1] <= tile:
+    total = sum(counts)
+    if num_micro_batches == 1 or len(counts) == 1 or total <= tile:
         return ((0, len(counts)),)
-    cut = min(1 + bisect_left(before, before[-1] / 2), len(counts) - 1)
+    first_half = tuple(accumulate(counts))
+    cut = min(range(1, len(counts)), key=lambda cut: abs(2 * first_half[cut - 1] - total))
     return ((0, cut), (cut, len(counts)))
 
 
@@ -37,10 +37,13 @@ def pack(
     state_slots: Sequence[int],
     *,
     block_size: int,
-    tile: int,
+    dtype: torch.dtype,
     device: torch.device | str,
 ) -> BatchMeta:
-    """Lay sequences out one after another; `blocks[b]` is sequence b's whole block table."""
+    """Lay sequences out one after another; `blocks[b]` is sequence b's whole block table.
+
+    Rows are padded to the row tile of `dtype`.
+    """
     positions: list[int] = []
     slots: list[int] = []
     for sequence, table in zip(scheduled, blocks, strict=True):
@@ -49,7 +52,7 @@ def pack(
         assert own.stop <= len(table) * block_size, (sequence, len(table))
         positions += own
         slots += [table[p // block_size] * block_size + p % block_size for p in own]
-    num_rows = round_up(len(positions), tile)
+    num_rows = padded_rows(len(positions), dtype)
     width = max(map(len, blocks))
     tables = [[*table, *[0] * (width - len(table))] for table in blocks]
     padding = [0] * (num_rows - len(positions))
@@ -64,15 +67,3 @@ def pack(
         block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
         state_slots=tuple(state_slots),
     )
-
-
-def pad_rows(rows: Tensor, num_rows: int) -> Tensor:
-    """Rows [n, D] followed by zeros up to [num_rows, D], in memory of their own."""
-    padded = rows.new_zeros((num_rows, *rows.shape[1:]))
-    padded[: len(rows)] = rows
-    return padded
-
-
-def round_up(count: int, tile: int) -> int:
-    """The least multiple of `tile` that is not below `count`."""
-    return -(-count // tile) * tile

@@ -16,7 +16,7 @@ from models.interface import (
     Routing,
     StageModel,
 )
-from models.layers.rowwise import row_tile
+from models.layers.rowwise import pad_rows, row_tile
 from router.step import (
     LAST_SAMPLED,
     NewSequence,
@@ -28,7 +28,7 @@ from router.step import (
 )
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
 from shards.kv_cache import apply_state_ops
-from shards.micro_batches import pack, pad_rows, round_up, split_sequences
+from shards.micro_batches import pack, split_sequences
 from shards.sampler import SampleRequest, sample
 
 
@@ -70,7 +70,7 @@ class ModelRunner:
         *,
         block_size: int,
         dtype: torch.dtype,
-        num_micro_batches: int = 1,
+        num_micro_batches: int = 2,
         device: torch.device | str = "cpu",
     ) -> None:
         assert len(caches) == len(stage.layers) == last - first, (len(caches), first, last)
@@ -81,7 +81,6 @@ class ModelRunner:
         self._caches = caches
         self._backend = backend
         self._block_size = block_size
-        self._tile = row_tile(dtype)
         self._num_micro_batches = num_micro_batches
         self._dtype = dtype
         self._device = device
@@ -123,15 +122,14 @@ class ModelRunner:
     def _micro_batches(self, plan: StepPlan, hidden: Tensor | None) -> list[_MicroBatch]:
         counts = [scheduled.num_tokens for scheduled in plan.scheduled]
         batches = []
-        row = 0
-        for begin, end in split_sequences(counts, self._num_micro_batches, self._tile):
+        row, tile = 0, row_tile(self._dtype)
+        for begin, end in split_sequences(counts, self._num_micro_batches, tile):
             scheduled = plan.scheduled[begin:end]
             meta = self._pack(scheduled)
             if hidden is None:
                 x = self._embed(scheduled, meta.num_rows)
             else:
-                rows = hidden[row : row + meta.num_tokens].to(self._device)
-                x = pad_rows(rows, meta.num_rows)
+                x = pad_rows(hidden[row : row + meta.num_tokens].to(self._device))
             row += meta.num_tokens
             batches.append(_MicroBatch(scheduled, meta, x))
         assert hidden is None or row == len(hidden), (row, hidden.shape)
@@ -144,7 +142,7 @@ class ModelRunner:
             [sequence.blocks for sequence in sequences],
             [sequence.state_slot for sequence in sequences],
             block_size=self._block_size,
-            tile=self._tile,
+            dtype=self._dtype,
             device=self._device,
         )
 
@@ -185,7 +183,7 @@ class ModelRunner:
             return
         layer, residual, handle = batch.pending
         batch.pending = None
-        batch.x = layer.combine(residual, pad_rows(handle.result(), batch.meta.num_rows))
+        batch.x = layer.combine(residual, pad_rows(handle.result()))
 
     def _real_rows(self, batches: Iterable[_MicroBatch]) -> Tensor:
         rows = [batch.x[: batch.meta.num_tokens] for batch in batches]
@@ -211,8 +209,8 @@ class ModelRunner:
                     )
         if not rows:
             return StepResult(epoch=plan.epoch, step_id=plan.step_id)
-        x = pad_rows(torch.stack(rows), round_up(len(rows), self._tile))
-        sampled = sample(self._stage.head(x)[: len(rows)], requests)
+        logits = self._stage.head(pad_rows(torch.stack(rows)))
+        sampled = sample(logits[: len(rows)], requests)
         for choice in sampled:
             sequence = self._sequences[choice.seq_id]
             sequence.num_emitted += 1

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from models.interface import Routing
 from router.transport.base import Frame, FrameKind, Header
-from router.transport.tensors import DTYPE_CODES, TORCH_DTYPES, buffer_tensor, tensor_buffer
+from router.transport.tensors import buffer_tensor, tensor_buffer, torch_dtype, wire_dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,29 +22,36 @@ class MoeShape:
 
 def moe_call(key: Header, hidden: Tensor, routing: Routing) -> Frame:
     """A stage asks for the combined expert outputs of [T, D] rows."""
-    header = replace(key, kind=FrameKind.MOE_CALL, dtype=DTYPE_CODES[hidden.dtype])
+    header = replace(key, kind=FrameKind.MOE_CALL, dtype=wire_dtype(hidden.dtype))
     tensors = (hidden, routing.expert_ids, routing.weights)
     return Frame(header, b"", tuple(tensor_buffer(t.contiguous()) for t in tensors))
 
 
 def read_moe_call(frame: Frame, shape: MoeShape) -> tuple[Tensor, Tensor, Tensor]:
     """The [T, D] hidden rows, [T, k] int64 expert ids and [T, k] weights of a call."""
-    dtype = TORCH_DTYPES[frame.header.dtype]
+    dtype = torch_dtype(frame.header.dtype)
     hidden, expert_ids, weights = frame.buffers
+    rows = read_rows(hidden, dtype, shape.hidden_size)
+    choices = (len(rows), shape.top_k)
     return (
-        buffer_tensor(hidden, dtype, (-1, shape.hidden_size)),
-        buffer_tensor(expert_ids, torch.int64, (-1, shape.top_k)),
-        buffer_tensor(weights, dtype, (-1, shape.top_k)),
+        rows,
+        buffer_tensor(expert_ids, torch.int64, choices),
+        buffer_tensor(weights, dtype, choices),
     )
 
 
 def moe_result(key: Header, combined: Tensor) -> Frame:
     """The answer: [T, D] rows combined in routing order."""
-    header = replace(key, kind=FrameKind.MOE_RESULT, dtype=DTYPE_CODES[combined.dtype])
+    header = replace(key, kind=FrameKind.MOE_RESULT, dtype=wire_dtype(combined.dtype))
     return Frame(header, b"", (tensor_buffer(combined.contiguous()),))
 
 
 def read_moe_result(frame: Frame, shape: MoeShape) -> Tensor:
     """The [T, D] rows of an answer."""
-    dtype = TORCH_DTYPES[frame.header.dtype]
-    return buffer_tensor(frame.buffers[0], dtype, (-1, shape.hidden_size))
+    return read_rows(frame.buffers[0], torch_dtype(frame.header.dtype), shape.hidden_size)
+
+
+def read_rows(buffer: memoryview, dtype: torch.dtype, hidden_size: int) -> Tensor:
+    """Activations [T, D] of a frame. Raises ValueError when they are not whole rows."""
+    num_rows = buffer.nbytes // (hidden_size * dtype.itemsize)
+    return buffer_tensor(buffer, dtype, (num_rows, hidden_size))

@@ -56,7 +56,7 @@ class RayLauncher:
         self._prefix = prefix
         self._group = group
         self._num_cpus = num_cpus
-        self._actors: dict[str, Any] = {}
+        self._actors: dict[WorkerSpec, Any] = {}
         self._lock = threading.Lock()
         self._closing = False
 
@@ -91,8 +91,13 @@ class RayLauncher:
             if self._closing:
                 raise RuntimeError("the group is stopping")
             actor = ray.remote(_SHELLS[spec.role]).options(**options).remote(spec)
-            self._actors[spec.peer] = actor
+            self._actors[spec] = actor
         return actor
+
+    def _name(self, spec: WorkerSpec) -> str:
+        # A successor may be created before Ray has forgotten its predecessor's name.
+        name = f"{self._prefix}/{spec.peer}"
+        return f"{name}.{spec.incarnation}" if spec.incarnation else name
 
     def _across_nodes(self) -> bool:
         """Whether some actors of the group can only be reached over TCP."""
@@ -118,13 +123,24 @@ class RayLauncher:
         error = future.exception()
         events.died(spec, str(error) if error else "its data loop returned", False)
 
+    def discard(self, spec: WorkerSpec) -> None:
+        """Kill one incarnation."""
+        with self._lock:
+            actor = self._actors.pop(spec, None)
+        if actor is not None:
+            _kill(actor)
+
     def close(self) -> None:
         """Kill what is left of the actors."""
         with self._lock:
             self._closing = True
             actors, self._actors = self._actors, {}
-        for peer, actor in actors.items():
-            try:
-                ray.kill(actor)
-            except ray.exceptions.RayError as error:
-                log.info("%s was already gone: %s", peer, error)
+        for actor in actors.values():
+            _kill(actor)
+
+
+def _kill(actor: Any) -> None:
+    try:
+        ray.kill(actor)
+    except ray.exceptions.RayError as error:
+        log.info("an actor was already gone: %s", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from dataclasses import replace
 
@@ -11,13 +12,16 @@ from router.codec import decode, encode
 from router.placement import RoutingTable
 from router.step import StepPlan, StepResult
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
-from router.transport.tensors import DTYPE_CODES, TORCH_DTYPES, buffer_tensor, tensor_buffer
+from router.transport.tensors import tensor_buffer, torch_dtype, wire_dtype
 from shards.control import WorkerEvent
 from shards.model_runner import ModelRunner
-from shards.moe_wire import MoeShape
+from shards.moe_wire import MoeShape, read_rows
 from shards.remote_experts import ActorBackend, DirectBackend, ExpertLinks, StepLost
 from shards.spec import Role, WorkerSpec
 from shards.worker import Worker
+
+
+log = logging.getLogger("conclave.stage")
 
 
 class StageWorker(Worker):
@@ -96,7 +100,8 @@ class StageWorker(Worker):
         try:
             plan = decode(StepPlan, frame.meta)
             self._pass_on(frame, self.runner.execute(plan, self._hidden(frame)))
-        except (StepLost, PeerLost):
+        except (StepLost, PeerLost) as error:
+            log.warning("%s: a step of epoch %d is lost: %s", self.spec.peer, epoch, error)
             self._lost_epoch = epoch
             self.report(WorkerEvent(lost_epoch=epoch))
 
@@ -104,15 +109,15 @@ class StageWorker(Worker):
         """The [T, D] rows that came with a plan; stage 0 gets none."""
         if not frame.buffers:
             return None
-        dtype = TORCH_DTYPES[frame.header.dtype]
-        return buffer_tensor(frame.buffers[0], dtype, (-1, self._shape.hidden_size))
+        dtype = torch_dtype(frame.header.dtype)
+        return read_rows(frame.buffers[0], dtype, self._shape.hidden_size)
 
     def _pass_on(self, frame: Frame, output: Tensor | StepResult) -> None:
         if isinstance(output, StepResult):
             header = replace(frame.header, kind=FrameKind.RESULT)
             self.transport.send(self._next, Frame(header, encode(output)))
             return
-        header = replace(frame.header, dtype=DTYPE_CODES[output.dtype])
+        header = replace(frame.header, dtype=wire_dtype(output.dtype))
         buffers = (tensor_buffer(output.contiguous()),)
         self.transport.send(self._next, Frame(header, frame.meta, buffers))
 
@@ -124,13 +129,13 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport) -> StageWorker:
     from models.registry import load_config
     from shards.checkpoint import Checkpoint, load_stage
     from shards.kv_cache import allocate_caches
-    from shards.threads import torch_dtype, use_threads
+    from shards.threads import dtype_of, use_threads
 
     group = spec.group
     use_threads(group.threads)
     config = load_config(Path(group.model_path))
     first, last = group.stage_layers[spec.index]
-    dtype = torch_dtype(group.dtype)
+    dtype = dtype_of(group.dtype)
     checkpoint = Checkpoint(Path(group.model_path))
     stage = load_stage(config, checkpoint, first, last, dtype)
     worker = StageWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))

@@ -22,7 +22,7 @@ class SubprocessLauncher:
 
     def __init__(self, env: Mapping[str, str] | None = None) -> None:
         self._env = {**environ, **(env or {})}
-        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        self._processes: dict[WorkerSpec, subprocess.Popen[bytes]] = {}
         self._watchers: list[threading.Thread] = []
         self._closing = False
 
@@ -36,7 +36,7 @@ class SubprocessLauncher:
             stdout=subprocess.PIPE,
             env=self._env,
         )
-        self._processes[spec.peer] = process
+        self._processes[spec] = process
         watcher = threading.Thread(target=self._watch, args=(process, spec, events), daemon=True)
         self._watchers.append(watcher)
         watcher.start()
@@ -60,9 +60,10 @@ class SubprocessLauncher:
         process.stdout.close()
         events.died(spec, f"exit code {code}", code == FATAL_EXIT)
 
-    def kill(self, peer: str) -> None:
-        """SIGKILL one worker, as a crash would."""
-        self._processes[peer].kill()
+    def discard(self, spec: WorkerSpec) -> None:
+        """SIGKILL one incarnation."""
+        if spec in self._processes:
+            self._processes[spec].kill()
 
     def close(self) -> None:
         """End what is left and wait for it."""

@@ -27,6 +27,13 @@ class Spawn:
 
 
 @dataclass(frozen=True, slots=True)
+class Discard:
+    """Make sure that this worker is dead; its successor is spawned separately."""
+
+    spec: WorkerSpec
+
+
+@dataclass(frozen=True, slots=True)
 class Dial:
     """The ingress connects to a worker that has just started."""
 
@@ -60,7 +67,7 @@ class GiveUp:
     reason: str
 
 
-Action = Spawn | Dial | Tell | BeginEpoch | Suspend | GiveUp
+Action = Spawn | Discard | Dial | Tell | BeginEpoch | Suspend | GiveUp
 
 
 @dataclass(slots=True)
@@ -162,6 +169,14 @@ class Supervisor:
         actions.append(Spawn(member.spec))
         self._refresh_state()
         return actions
+
+    def on_connection_lost(self, peer: str, now: float) -> list[Action]:
+        """The ingress's own connection broke: the worker is dying, or as good as dead."""
+        member = self._members.get(peer)
+        if member is None or member.started is None:
+            return []
+        spec = member.spec
+        return [Discard(spec), *self.on_died(spec, "connection lost", now)]
 
     def stop(self) -> list[Action]:
         """Tell every live worker to end."""

@@ -17,6 +17,6 @@ def use_threads(num_threads: int) -> None:
     torch.set_grad_enabled(False)
 
 
-def torch_dtype(name: str) -> torch.dtype:
+def dtype_of(name: str) -> torch.dtype:
     """The torch dtype of a validated name."""
     return _DTYPES[name]

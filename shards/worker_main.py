@@ -17,7 +17,9 @@ from shards.worker import make_worker
 
 def _die_with_parent() -> None:
     """Standard input stays open for as long as the parent lives."""
-    sys.stdin.buffer.read()
+    # The bare descriptor: a thread inside a buffered read would hold up our own exit.
+    while os.read(0, 4096):
+        continue
     os._exit(1)
 
 
