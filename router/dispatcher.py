@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -156,12 +157,11 @@ class TokenDispatcher:
 
         Calls to incarnations that are no longer listed go elsewhere; held experts are sent.
         """
-        if self.table is not None and table.version <= self.table.version:
-            return
-        if self.table is not None and len(table.placement.shards) != len(
-            self.table.placement.shards
-        ):
-            raise ValueError(f"table {table.version}: the number of experts never changes")
+        if self.table is not None:
+            if table.version <= self.table.version:
+                return
+            if len(table.placement.shards) != len(self.table.placement.shards):
+                raise ValueError(f"table {table.version}: the number of experts never changes")
         self.table = table
         listed = {address.shard: address.incarnation for address in table.addresses}
         self._lost = {pair for pair in self._lost if listed.get(pair[0]) == pair[1]}
@@ -185,12 +185,9 @@ class TokenDispatcher:
         num_experts = self._num_experts(expert_ids)
         permutation = permute(expert_ids, num_experts)
         exchange = Exchange(key, hidden, weights, permutation)
-        counts = permutation.counts
-        layer = self.tokens.setdefault(key.layer, [])
-        layer.extend([0] * (num_experts - len(layer)))
-        used = tuple(expert for expert, count in enumerate(counts) if count)
-        for expert in used:
-            layer[expert] += counts[expert]
+        seen = self.tokens.get(key.layer, [0] * num_experts)
+        self.tokens[key.layer] = list(map(sum, zip_longest(seen, permutation.counts, fillvalue=0)))
+        used = tuple(expert for expert, count in enumerate(permutation.counts) if count)
         if used:
             self._exchanges[exchange.key] = exchange
             self._dispatch([(exchange, used)])

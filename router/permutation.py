@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_BLOCK_ELEMENTS = 1 << 16  # the float32 sums of a block of tokens stay in the cache
+
 
 @dataclass(frozen=True, slots=True)
 class Permutation:
@@ -52,9 +54,14 @@ def combine(rows: Tensor, permutation: Permutation, weights: Tensor, dtype: torc
 
     Sums in float32 over the slots in routing order, whatever order the rows arrived in.
     """
-    positions, scales = permutation.positions, weights.float()
-    total = torch.zeros(positions.shape[0], rows.shape[1], dtype=torch.float32, device=rows.device)
-    for slot in range(positions.shape[1]):
-        # Multiply, then add, as two operations: a fused one would round differently.
-        total += rows.index_select(0, positions[:, slot]).float() * scales[:, slot, None]
-    return total.to(dtype)
+    scales = weights.float()
+    out = torch.empty(len(scales), rows.shape[1], dtype=dtype, device=rows.device)
+    block = max(1, _BLOCK_ELEMENTS // max(1, rows.shape[1]))
+    for start in range(0, len(scales), block):
+        positions, scale = permutation.positions[start:][:block], scales[start:][:block]
+        total = torch.zeros(len(scale), rows.shape[1], dtype=torch.float32, device=rows.device)
+        for slot in range(scale.shape[1]):
+            # Multiply, then add, as two operations: a fused one would round differently.
+            total += rows.index_select(0, positions[:, slot]).float() * scale[:, slot, None]
+        out[start : start + block] = total
+    return out

@@ -57,7 +57,8 @@ def place_experts(num_experts: int, num_shards: int, num_replicas: int) -> Place
         )
     # All copies in one line, replica after replica, cut into even runs: each shard reads one
     # contiguous range of experts. Copies of an expert are num_experts apart, and no run is
-    # longer than that because num_replicas <= num_shards.
+    # longer than that because num_replicas <= num_shards. So they lie num_shards / num_replicas
+    # shards apart: neighbours often share a node, and a node may die as a whole.
     return Placement(
         num_shards=num_shards,
         shards=tuple(

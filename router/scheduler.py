@@ -149,7 +149,7 @@ class Scheduler:
         With several steps in flight each gets its share of the running set, so that all stages
         of the pipeline have work; whoever cannot grow now gives its place to the next.
         """
-        share = -(-len(self.running) // self.limits.max_in_flight)
+        share = -(-len(self.running) // self.limits.max_in_flight) - num_started
         chosen: list[Sequence] = []
         for seq in sorted(self._idle(), key=lambda s: (s.last_step, s.rank)):
             if len(chosen) == share:

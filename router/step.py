@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 LAST_SAMPLED = -1
-"""Placeholder token id: the token this sequence's previous step sampled, known to the last stage."""
+"""Placeholder token id: what this sequence's previous step sampled, known to the last stage."""
 
 
 class FinishReason(StrEnum):

@@ -31,11 +31,7 @@ class DispatcherWorker(Worker):
         """MoE calls from stages, results from experts, table requests from stages."""
         match frame.header.kind:
             case FrameKind.MOE_CALL:
-                hidden, expert_ids, weights = read_moe_call(frame, self._shape)
-                self.dispatcher.drop_before(frame.header.epoch)
-                exchange = self.dispatcher.submit(frame.header, hidden, expert_ids, weights)
-                self._open[frame.header.key] = (peer, exchange)
-                self._answer(frame.header.key)
+                self._begin(peer, frame)
             case FrameKind.EXPERT_RESULT:
                 self._links.on_result(peer, frame)
                 self._answer(frame.header.key)
@@ -43,6 +39,18 @@ class DispatcherWorker(Worker):
                 self._publish(peer)
             case _:
                 super().on_frame(peer, frame)
+
+    def _begin(self, stage: str, frame: Frame) -> None:
+        """Start an exchange; a stage that has not heard of the new epoch yet gets no answer."""
+        epoch = frame.header.epoch
+        if epoch < self.dispatcher.oldest_epoch:
+            return
+        if epoch > self.dispatcher.oldest_epoch:
+            self.dispatcher.drop_before(epoch)
+            self._open.clear()
+        exchange = self.dispatcher.submit(frame.header, *read_moe_call(frame, self._shape))
+        self._open[frame.header.key] = (stage, exchange)
+        self._answer(frame.header.key)
 
     def on_lost(self, peer: str) -> None:
         """An expert worker died: its outstanding calls go to other copies, or wait."""

@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.interface import Routing
-from router.dispatcher import combine, permute
+from router.permutation import combine, permute
 from shards.expert_bank import ExpertBank
 
 

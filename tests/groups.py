@@ -1,10 +1,11 @@
-"""Model instances of real worker subprocesses, and ways to ask them for tokens."""
+"""Model instances of real workers, and ways to ask them for tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from router.placement import place_experts
 from router.step import SamplingParams
 from router.transport.sockets import SocketTransport
 from shards.client import GroupState
-from shards.control import INGRESS
-from shards.group import ModelGroup
+from shards.control import INGRESS, Started
+from shards.group import ModelGroup, WorkerEvents
+from shards.spec import WorkerSpec
 from shards.subprocess_launcher import SubprocessLauncher
+from shards.worker import make_worker
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,38 @@ class Answer:
     finish: str
 
 
+class ThreadLauncher:
+    """Workers as threads of this process: the same loops and sockets without start-up time."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+
+    def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
+        thread = threading.Thread(target=self._run, args=(spec, events), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _run(self, spec: WorkerSpec, events: WorkerEvents) -> None:
+        transport = SocketTransport(spec.peer, spec.group.secret)
+        worker = make_worker(spec, transport)
+        started = Started(address=transport.address, pid=os.getpid(), node_id="")
+        events.started(spec, started)
+        worker.run()
+
+    def discard(self, spec: WorkerSpec) -> None:
+        """A thread whose connection is gone has ended by itself."""
+
+    def close(self) -> None:
+        for thread in self._threads:
+            thread.join(timeout=10)
+            assert not thread.is_alive(), "a worker thread did not end"
+
+
 @contextmanager
-def running_group(model: str | Path, **options: Any) -> Iterator[ModelGroup]:
-    """A started group whose workers are subprocesses of this test."""
+def running_group(
+    model: str | Path, *, processes: bool = False, **options: Any
+) -> Iterator[ModelGroup]:
+    """A started group whose workers are threads, or with `processes` subprocesses, of this test."""
     spec = resolve(parse_args({"model": str(model), "dtype": "float32", **options})).spec
     placement = None
     if spec.num_expert_shards:
@@ -43,7 +75,8 @@ def running_group(model: str | Path, **options: Any) -> Iterator[ModelGroup]:
         placement = place_experts(experts, spec.num_expert_shards, spec.num_expert_replicas)
     transport = SocketTransport(INGRESS, spec.secret)
     env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
-    group = ModelGroup(spec, placement, SubprocessLauncher(env), transport)
+    launcher = SubprocessLauncher(env) if processes else ThreadLauncher()
+    group = ModelGroup(spec, placement, launcher, transport)
     group.start(timeout=120)
     try:
         yield group

@@ -96,7 +96,9 @@ def write_tiny(
     options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, **_DEFAULTS[family]}
     for key, value in overrides.items():
         known = options.get(key)
-        merged = {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        merged = (
+            {**known, **value} if isinstance(known, dict) and isinstance(value, dict) else value
+        )
         options[key] = merged
     config_class, model_class = _CLASSES[family]
     model = model_class(config_class(**options))
@@ -143,7 +145,9 @@ def _switch_factors(rotary: Any) -> None:
     def before_forward(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids", args[1] if len(args) > 1 else None)
         seq_len = int(positions.max()) + 1
-        module.rope_init_fn = lambda config: ROPE_INIT_FUNCTIONS["longrope"](config, seq_len=seq_len)
+        module.rope_init_fn = lambda config: ROPE_INIT_FUNCTIONS["longrope"](
+            config, seq_len=seq_len
+        )
 
     rotary.register_forward_pre_hook(before_forward, with_kwargs=True)
 

@@ -76,6 +76,7 @@ class FrameReader:
         self._end = 0
         self._header: Header | None = None
         self._sizes: tuple[int, ...] = ()
+        self._body = 0
         self._pieces: list[bytearray] = []
         self._direct: bytearray | None = None
         self._filled = 0
@@ -110,6 +111,8 @@ class FrameReader:
         """The next complete frame, or None until more bytes come. Raises MalformedFrame."""
         if self._header is None and not self._read_head():
             return None
+        if not self._pieces and self._direct is None and self._end - self._start >= self._body:
+            return self._staged_frame()
         while len(self._pieces) < len(self._sizes):
             if not self._read_piece(self._sizes[len(self._pieces)]):
                 return None
@@ -118,44 +121,54 @@ class FrameReader:
         self._header, self._pieces = None, []
         return Frame(header, bytes(pieces[0]), tuple(map(memoryview, pieces[1:])))
 
+    def _staged_frame(self) -> Frame:
+        """The common case: the whole body is staged."""
+        header, staging, start = self._header, self._staging, self._start
+        assert header is not None
+        meta_end = stop = start + self._sizes[0]
+        buffers = []
+        for size in self._sizes[1:]:
+            # Each in its own memory: the staging is reused, and torch likes aligned data.
+            buffers.append(memoryview(bytearray(staging[stop : stop + size])))
+            stop += size
+        self._header, self._start = None, stop
+        return Frame(header, bytes(staging[start:meta_end]), tuple(buffers))
+
     def _read_head(self) -> bool:
         available = self._end - self._start
         if available < _FIXED.size:
             return False
-        header, meta_bytes, num_buffers = self._parse_fixed()
-        lengths_at = self._start + _FIXED.size
-        if available < _FIXED.size + 8 * num_buffers:
-            return False
-        lengths = struct.unpack_from(f"<{num_buffers}Q", self._staging, lengths_at)
-        total = meta_bytes + sum(lengths)
-        if total > self._max_bytes:
-            raise MalformedFrame(f"frame of {total} bytes: allowed {self._max_bytes}")
-        self._start = lengths_at + 8 * num_buffers
-        self._header, self._sizes = header, (meta_bytes, *lengths)
-        return True
-
-    def _parse_fixed(self) -> tuple[Header, int, int]:
-        (magic, version, kind, dtype, num_buffers, meta_bytes, layer, micro_batch, source) = (
-            fields := _FIXED.unpack_from(self._staging, self._start)
-        )[:9]
+        # The order of the fields is that of `frame_parts`.
+        magic, version, kind, dtype, num_buffers, meta_bytes, *fields = _FIXED.unpack_from(
+            self._staging, self._start
+        )
         if magic != _MAGIC or version != PROTOCOL_VERSION:
             raise MalformedFrame(f"magic {magic!r} version {version}: not this protocol")
         if kind not in _KINDS or dtype not in _DTYPES:
             raise MalformedFrame(f"frame kind {kind} or dtype {dtype} unknown")
-        max_meta = min(self._max_bytes, MAX_META_BYTES)
-        if num_buffers > min(MAX_BUFFERS, self._max_bytes // 8) or meta_bytes > max_meta:
+        if num_buffers > min(MAX_BUFFERS, self._max_bytes // 8) or meta_bytes > MAX_META_BYTES:
             raise MalformedFrame(f"{num_buffers} buffers and {meta_bytes} meta bytes: too many")
-        header = Header(
+        if available < _FIXED.size + 8 * num_buffers:
+            return False
+        lengths_at = self._start + _FIXED.size
+        lengths = struct.unpack_from(f"<{num_buffers}Q", self._staging, lengths_at)
+        self._body = meta_bytes + sum(lengths)
+        if self._body > self._max_bytes:
+            raise MalformedFrame(f"frame of {self._body} bytes: allowed {self._max_bytes}")
+        self._start = lengths_at + 8 * num_buffers
+        self._sizes = (meta_bytes, *lengths)
+        layer, micro_batch, source, epoch, step, table_version = fields
+        self._header = Header(
             kind=_KINDS[kind],
-            epoch=fields[9],
-            step=fields[10],
+            epoch=epoch,
+            step=step,
             layer=layer,
             micro_batch=micro_batch,
             source=source,
-            table_version=fields[11],
+            table_version=table_version,
             dtype=_DTYPES[dtype],
         )
-        return header, meta_bytes, num_buffers
+        return True
 
     def _read_piece(self, size: int) -> bool:
         if self._direct is not None:

@@ -47,7 +47,7 @@ async def _killed(
 async def test_every_role_may_die(model: str, dispatch: str) -> None:
     options: dict[str, Any] = {"stages": 2, "expert_shards": 2, "expert_replicas": 2}
     roles = [("expert", 0), ("stage", 0), ("stage", 1), ("dispatcher", 0), ("engine", 0)]
-    with running_group(model, dispatch=dispatch, **options) as group:
+    with running_group(model, processes=True, dispatch=dispatch, **options) as group:
         expected = {s: await ask_all(group, PROMPTS, s) for s in (GREEDY, SEEDED)}
         for turn, victim in enumerate(roles):
             before = {(w.role, w.index): w.incarnation for w in group.workers()}
@@ -59,13 +59,14 @@ async def test_every_role_may_die(model: str, dispatch: str) -> None:
 
 @pytest.mark.parametrize("dispatch", ["actor", "direct"])
 async def test_an_expert_without_a_copy_only_delays(dispatch: str) -> None:
-    with running_group("nano-dbrx", stages=1, expert_shards=2, dispatch=dispatch) as group:
+    options: dict[str, Any] = {"stages": 1, "expert_shards": 2, "dispatch": dispatch}
+    with running_group("nano-dbrx", processes=True, **options) as group:
         expected = await ask_all(group, PROMPTS, GREEDY)
         assert await _killed(group, ("expert", 1), GREEDY) == expected
 
 
 async def test_two_at_once() -> None:
-    with running_group("nano-jamba", stages=2, expert_shards=2) as group:
+    with running_group("nano-jamba", processes=True, stages=2, expert_shards=2) as group:
         expected = await ask_all(group, PROMPTS, GREEDY)
         asked = asyncio.create_task(ask_all(group, PROMPTS, GREEDY))
         await _first_tokens(group, 5)

@@ -1,0 +1,1 @@
+"""How people reach it: Ray Serve application, OpenAI-compatible API and command line."""

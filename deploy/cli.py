@@ -1,0 +1,173 @@
+"""`conclave serve | check | demo`. Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from deploy.config import ConfigError, parse_args
+
+# Heavy imports (torch, ray, rich) are inside the commands: a usage error answers at once.
+app = typer.Typer(
+    name="conclave",
+    help="DBRX, PhiMoE and Jamba behind an OpenAI-compatible API on Ray Serve.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _option(*names: str, help: str) -> Any:
+    return typer.Option(*names, help=help, show_default=False)
+
+
+@app.command()
+def serve(
+    model: Annotated[list[str], typer.Argument(help="Checkpoint folder or nano model.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    config: Annotated[Path | None, _option("--config", help="YAML file of these options.")] = None,
+    served_model_name: Annotated[
+        str | None, _option("--served-model-name", help="Default: the folder's name.")
+    ] = None,
+    dtype: Annotated[
+        str | None, _option("--dtype", help="auto, float32, bfloat16, float16.")
+    ] = None,
+    device: Annotated[str | None, _option("--device", help="auto, cpu.")] = None,
+    stages: Annotated[str | None, _option("--stages", help="Stage actors.")] = None,
+    expert_shards: Annotated[str | None, _option("--expert-shards", help="Expert actors.")] = None,
+    expert_replicas: Annotated[
+        str | None, _option("--expert-replicas", help="Copies of each expert.")
+    ] = None,
+    executor: Annotated[str | None, _option("--executor", help="auto, local, pipeline.")] = None,
+    dispatch: Annotated[str | None, _option("--dispatch", help="actor, direct.")] = None,
+    layout: Annotated[str | None, _option("--layout", help="auto, disaggregated.")] = None,
+    max_model_len: Annotated[
+        str | None, _option("--max-model-len", help="Longest sequence in tokens.")
+    ] = None,
+    max_num_seqs: Annotated[
+        str | None, _option("--max-num-seqs", help="Sequences that run at once.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        str | None, _option("--max-num-batched-tokens", help="Tokens per step.")
+    ] = None,
+    kv_cache_memory: Annotated[
+        str | None, _option("--kv-cache-memory", help="Such as 2GiB.")
+    ] = None,
+    block_size: Annotated[str | None, _option("--block-size", help="Tokens per KV block.")] = None,
+    quantization: Annotated[str | None, _option("--quantization", help="none.")] = None,
+    attention_backend: Annotated[
+        str | None, _option("--attention-backend", help="auto, torch.")
+    ] = None,
+    mamba_backend: Annotated[str | None, _option("--mamba-backend", help="auto, torch.")] = None,
+    enable_prefix_caching: Annotated[
+        bool | None,
+        _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse prefixes."),
+    ] = None,
+    min_replicas: Annotated[
+        str | None, _option("--min-replicas", help="Model instances at least.")
+    ] = None,
+    max_replicas: Annotated[
+        str | None, _option("--max-replicas", help="Model instances at most.")
+    ] = None,
+    api_key: Annotated[
+        list[str] | None, _option("--api-key", help="Repeatable; or CONCLAVE_API_KEY.")
+    ] = None,
+    threads: Annotated[str | None, _option("--threads", help="Compute threads per actor.")] = None,
+    cpus_per_actor: Annotated[
+        str | None, _option("--cpus-per-actor", help="Ray CPUs reserved per actor.")
+    ] = None,
+    log_level: Annotated[
+        str | None, _option("--log-level", help="debug, info, warning, error.")
+    ] = None,
+) -> None:
+    """Serve one model until SIGTERM; prints `ready on http://HOST:PORT` when it can answer."""
+    given = {key: value for key, value in locals().items() if key not in ("host", "port", "config")}
+    if len(model) > 1:
+        raise ConfigError(f"model={' '.join(model)}: allowed values are one MODEL per server")
+    options = _read_config(config) | {k: v for k, v in given.items() if v is not None and v != []}
+    options["model"] = model[0]
+    if not options.get("api_key") and os.environ.get("CONCLAVE_API_KEY"):
+        options["api_key"] = [os.environ["CONCLAVE_API_KEY"]]
+    args = parse_args(options)
+
+    from deploy.resolve import model_folder
+    from deploy.server import serve_forever
+
+    model_folder(args.model)
+    sys.exit(serve_forever(args, host, port))
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or nano model.")],
+) -> None:
+    """Say whether a checkpoint can be served, without reading its weights."""
+    from deploy.check import check_model
+
+    sys.exit(check_model(model))
+
+
+@app.command()
+def demo(
+    questions: Annotated[int, typer.Option(help="Held-out questions per model.", min=1)] = 27,
+    port: Annotated[int | None, typer.Option(help="Default: a free one.", min=1, max=65535)] = None,
+) -> None:
+    """Serve the three nano models on this machine, ask them questions, show who did what."""
+    from deploy.demo_run import run_demo
+
+    sys.exit(run_demo(questions, port))
+
+
+def _read_config(file: Path | None) -> dict[str, Any]:
+    """Options of a YAML file, under the names with underscores. Raises ConfigError."""
+    if file is None:
+        return {}
+    import yaml
+
+    try:
+        options = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"config={file}: cannot be read: {' '.join(str(error).split())}"
+        ) from None
+    if not isinstance(options, dict):
+        raise ConfigError(f"config={file}: allowed is a mapping of option names to values")
+    return {str(key).replace("-", "_"): value for key, value in options.items()}
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except ConfigError as error:
+        code = _fail(str(error), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    except Exception as error:
+        # Typer vendors its own click or uses the installed one: known by what it carries.
+        if not hasattr(error, "format_message"):
+            raise
+        code = _fail(error.format_message(), 2)
+    sys.exit(code)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"conclave: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The options of one served model, by the names of the command line, checked without weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{unit + "b": 1000**power for power, unit in enumerate("kmgt", start=1)},
+    **{unit + "ib": 1024**power for power, unit in enumerate("kmgt", start=1)},
+}
+
+
+class ConfigError(ValueError):
+    """An option that cannot be served; the message is one sentence that names it."""
+
+
+def parse_bytes(value: object) -> object:
+    """`2GiB`, `512 MB` or a count of bytes → bytes; what is no text is left to the type check."""
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", value.lower())
+    if match is None or match[2] not in _UNITS:
+        raise ValueError("allowed values are sizes such as 512MiB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class ServeArgs(BaseModel):
+    """What the user asked for; None means that `resolve` chooses."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model: Annotated[str, Field(min_length=1)]
+    served_model_name: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    stages: PositiveInt | None = None
+    expert_shards: Annotated[int, Field(ge=0)] | None = None
+    expert_replicas: PositiveInt = 1
+    executor: Literal["auto", "local", "pipeline"] = "auto"
+    dispatch: Literal["actor", "direct"] = "actor"
+    layout: Literal["auto", "colocated", "disaggregated"] = "auto"
+    max_model_len: PositiveInt | None = None
+    max_num_seqs: PositiveInt = 32
+    max_num_batched_tokens: PositiveInt = 512
+    kv_cache_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 2 * 1024**3
+    block_size: PositiveInt = 16
+    quantization: Literal["none", "int8"] = "none"
+    attention_backend: Literal["auto", "torch", "native", "flash_attn", "triton"] = "auto"
+    mamba_backend: Literal["auto", "torch", "native", "mamba_ssm", "triton"] = "auto"
+    enable_prefix_caching: bool = False
+    min_replicas: PositiveInt = 1
+    max_replicas: PositiveInt | None = None
+    api_key: Annotated[
+        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)
+    ] = ()
+    threads: PositiveInt | None = None
+    cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
+    log_level: Literal["debug", "info", "warning", "error"] = "warning"
+
+    @model_validator(mode="after")
+    def _refuse_what_is_not_there(self) -> ServeArgs:
+        for key, allowed in _AVAILABLE.items():
+            value = getattr(self, key)
+            if value not in allowed:
+                raise ValueError(_refusal(key, value, allowed, " (not available in this version)"))
+        if self.max_replicas is not None and self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas={self.max_replicas}: allowed values are min_replicas or more, "
+                f"here {self.min_replicas}"
+            )
+        return self
+
+
+# Options that are known and typed, and whose other values cannot be served yet.
+_AVAILABLE: dict[str, tuple[object, ...]] = {
+    "device": ("auto", "cpu"),
+    "layout": ("auto", "disaggregated"),
+    "quantization": ("none",),
+    "attention_backend": ("auto", "torch"),
+    "mamba_backend": ("auto", "torch"),
+    "enable_prefix_caching": (False,),
+}
+
+
+def parse_args(options: Mapping[str, Any]) -> ServeArgs:
+    """Check names, types and availability of options; values may be strings. Raises ConfigError."""
+    try:
+        return ServeArgs(**{str(key): value for key, value in options.items()})
+    except ValidationError as error:
+        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+
+
+def _refusal(key: str, value: object, allowed: tuple[object, ...], why: str = "") -> str:
+    shown = ", ".join(str(option).lower() if option is False else str(option) for option in allowed)
+    text = str(value).lower() if isinstance(value, bool) else value
+    return f"{key}={text}{why}: allowed values are {shown}"
+
+
+def _sentence(error: ErrorDetails) -> str:
+    if not error["loc"]:
+        return error["msg"].removeprefix("Value error, ")
+    key = str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return f"unknown option {key}: allowed options are {', '.join(ServeArgs.model_fields)}"
+    if error["type"] == "missing":
+        return f"{key} is missing: allowed values are a checkpoint folder or a nano model's name"
+    if error["type"] == "literal_error":
+        return _refusal(key, error["input"], get_args(ServeArgs.model_fields[key].annotation))
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,225 @@
+"""From a checked request to sequences: sampling parameters, stop conditions, text of choices."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from deploy.openai_errors import ApiError
+from deploy.openai_schema import ChatRequest, CompletionRequest
+from deploy.served_model import SamplingDefaults, ServedModel
+from deploy.stop_strings import StopMatcher
+from deploy.tokenizer import Detokenizer, TextTokenizer
+from router.step import FinishReason, SamplingParams, Token
+from shards.client import ModelClient
+
+_COMPLETION_MAX_TOKENS = 16
+_SEED_BITS = 63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChoicePlan:
+    """One sequence to generate and how its tokens become text."""
+
+    index: int
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int
+    stops: tuple[str, ...]
+    include_stop: bool
+    skip_special_tokens: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """One token's contribution to a choice; `text` may lag behind the token or run empty.
+
+    `offset` is where the token's own text begins in the choice's text.
+    """
+
+    index: int
+    token: Token
+    text: str
+    offset: int
+    finish: str | None
+
+
+def plan_choices(
+    model: ServedModel, request: ChatRequest | CompletionRequest, prompts: Sequence[tuple[int, ...]]
+) -> list[ChoicePlan]:
+    """`n` sequences per prompt, numbered as OpenAI does. Raises ApiError."""
+    if request.stop_strings:
+        model.need_tokenizer("stop")
+    n = request.n or 1
+    plans: list[ChoicePlan] = []
+    seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
+    for prompt in prompts:
+        max_tokens = _max_tokens(model, request, prompt)
+        for sample_idx in range(n):
+            plans.append(
+                ChoicePlan(
+                    index=len(plans),
+                    prompt=prompt,
+                    sampling=_sampling(model.defaults, request, max_tokens, seed, sample_idx),
+                    priority=request.priority,
+                    stops=request.stop_strings,
+                    include_stop=request.include_stop_str_in_output,
+                    skip_special_tokens=request.skip_special_tokens,
+                )
+            )
+    return plans
+
+
+def _max_tokens(
+    model: ServedModel, request: ChatRequest | CompletionRequest, prompt: tuple[int, ...]
+) -> int:
+    """Tokens this sequence may emit. Raises ApiError when prompt or answer cannot fit."""
+    chat = isinstance(request, ChatRequest)
+    where = "messages" if chat else "prompt"
+    if not prompt:
+        raise ApiError(f"{where}: the prompt has no tokens", param=where)
+    worst = next((t for t in prompt if t >= model.vocab_size), None)
+    if worst is not None:
+        raise ApiError(
+            f"{where}: token id {worst} is out of range, allowed are 0..{model.vocab_size - 1}",
+            param=where,
+        )
+    room = model.max_model_len - len(prompt)
+    if room < 1:
+        raise _too_long(model, f"the prompt has {len(prompt)} tokens", where)
+    key, wanted = "max_tokens", request.max_tokens
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        key, wanted = "max_completion_tokens", request.max_completion_tokens
+    if wanted is not None and wanted > room:
+        asked = f"{len(prompt)} in the prompt and {wanted} in {key} were requested"
+        raise _too_long(model, asked, key)
+    if wanted is None:
+        wanted = room if chat else min(room, _COMPLETION_MAX_TOKENS)
+    if request.min_tokens > wanted:
+        raise ApiError(f"min_tokens: must not exceed max_tokens={wanted}", param="min_tokens")
+    return wanted
+
+
+def _too_long(model: ServedModel, what: str, param: str) -> ApiError:
+    return ApiError(
+        f"This model's maximum context length is {model.max_model_len} tokens; {what}.",
+        param=param,
+        code="context_length_exceeded",
+    )
+
+
+def _sampling(
+    defaults: SamplingDefaults,
+    request: ChatRequest | CompletionRequest,
+    max_tokens: int,
+    seed: int,
+    sample_idx: int,
+) -> SamplingParams:
+    eos = () if request.ignore_eos else defaults.eos_token_ids
+    top_k = defaults.top_k if request.top_k is None else max(0, request.top_k)
+    logprobs = request.wanted_logprobs if isinstance(request, ChatRequest) else request.logprobs
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens,
+        temperature=_or(request.temperature, defaults.temperature),
+        top_p=_or(request.top_p, defaults.top_p),
+        top_k=top_k,
+        min_p=_or(request.min_p, defaults.min_p),
+        seed=seed,
+        sample_idx=sample_idx,
+        stop_token_ids=tuple(dict.fromkeys((*eos, *(request.stop_token_ids or ())))),
+        logprobs=logprobs,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+class ChoiceText:
+    """Turns one sequence's tokens into deltas: detokenizes, and ends it at a stop string."""
+
+    def __init__(self, plan: ChoicePlan, tokenizer: TextTokenizer | None) -> None:
+        self._plan = plan
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else Detokenizer(tokenizer, skip_special_tokens=plan.skip_special_tokens)
+        )
+        self._matcher = StopMatcher(plan.stops, include=plan.include_stop)
+        self._decoded = 0
+
+    def push(self, token: Token) -> Delta:
+        """The delta of the next token; its `finish` ends the choice."""
+        offset = self._decoded
+        # The token that ended the sequence is not part of the answer.
+        hidden = token.finish is FinishReason.STOP and not self._plan.include_stop
+        text = "" if hidden or self._detokenizer is None else self._detokenizer.push(token.token_id)
+        if token.finish is not None and self._detokenizer is not None:
+            text += self._detokenizer.flush()
+        self._decoded += len(text)
+        # As in vLLM, stop strings count only beyond the first min_tokens tokens.
+        if token.position + 1 > self._plan.sampling.min_tokens:
+            text = self._matcher.push(text)
+        finish = None if token.finish is None else str(token.finish)
+        if self._matcher.matched is not None:
+            finish = str(FinishReason.STOP)
+        elif finish is not None:
+            text += self._matcher.flush()
+        return Delta(index=self._plan.index, token=token, text=text, offset=offset, finish=finish)
+
+
+async def run_choice(
+    client: ModelClient, plan: ChoicePlan, tokenizer: TextTokenizer | None
+) -> AsyncGenerator[Delta, None]:
+    """Generate one sequence; leaving early, for whatever reason, aborts it."""
+    text = ChoiceText(plan, tokenizer)
+    stream = client.generate(plan.prompt, plan.sampling, priority=plan.priority)
+    try:
+        async for token in stream:
+            delta = text.push(token)
+            yield delta
+            if delta.finish is not None:
+                return
+    finally:
+        stream.abort()
+
+
+async def run_choices(
+    client: ModelClient, plans: Sequence[ChoicePlan], tokenizer: TextTokenizer | None
+) -> AsyncGenerator[Delta, None]:
+    """Deltas of all sequences as they come; the first error ends them all."""
+    if len(plans) == 1:
+        async with aclosing(run_choice(client, plans[0], tokenizer)) as deltas:
+            async for delta in deltas:
+                yield delta
+        return
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+
+    async def pump(plan: ChoicePlan) -> None:
+        try:
+            async with aclosing(run_choice(client, plan, tokenizer)) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)
+
+    tasks = [asyncio.create_task(pump(plan)) for plan in plans]
+    try:
+        running = len(tasks)
+        while running:
+            item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

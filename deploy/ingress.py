@@ -1,0 +1,147 @@
+"""The Serve deployment: one replica is one model instance with its own placement group."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+
+from deploy.cpu_features import instruction_set
+from deploy.http_api import build_api
+from deploy.openai_errors import ApiError, Json, internal_error
+from deploy.resolve import ResolvedArgs
+from deploy.served_model import load_served_model
+from deploy.service import ApiService
+from deploy.version import VERSION
+from router.placement import place_experts
+from shards.client import GroupState, ModelClient
+from shards.spec import GroupSpec
+
+log = logging.getLogger("conclave.ingress")
+
+
+def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
+    """Build and start the model instance inside this replica's placement group; blocks.
+
+    Raises GroupFailed when it cannot be started.
+    """
+    from ray.util import get_current_placement_group
+
+    from router.transport.sockets import SocketTransport
+    from shards.control import INGRESS
+    from shards.group import ModelGroup
+    from shards.ray_launcher import RayLauncher
+
+    spec: GroupSpec = resolved.spec
+    placement = (
+        place_experts(resolved.num_experts, spec.num_expert_shards, spec.num_expert_replicas)
+        if spec.num_expert_shards
+        else None
+    )
+    launcher = RayLauncher(prefix, get_current_placement_group(), resolved.cpus_per_actor)
+    group = ModelGroup(spec, placement, launcher, SocketTransport(INGRESS, spec.secret))
+    group.start()
+    return group
+
+
+def build_facts(resolved: ResolvedArgs) -> Json:
+    """What decides the bits of an answer, for /version."""
+    return {
+        "version": VERSION,
+        "build": f"conclave-{VERSION}",
+        "isa": instruction_set(),
+        "dtype": resolved.spec.dtype,
+        "threads": resolved.spec.threads,
+        "kernel_backends": {"attention": "torch", "mamba": "torch", "experts": "torch"},
+    }
+
+
+@serve.ingress()
+class Ingress:
+    """OpenAI API over HTTP, and the same as plain dicts over Python handles."""
+
+    # Serve awaits constructors that are coroutines.
+    async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
+        logging.getLogger("conclave").setLevel(resolved.log_level.upper())
+        self._api_keys = resolved.api_keys
+        spec = resolved.spec
+        model = load_served_model(
+            resolved.served_model_name,
+            resolved.model_path,
+            resolved.vocab_size,
+            spec.limits.max_model_len,
+        )
+        for warning in model.warnings:
+            log.warning("%s: %s", model.name, warning)
+        context = serve.get_replica_context()
+        prefix = f"conclave/{context.app_name}/{context.replica_tag}"
+        # Off the loop: health checks are answered while the weights load.
+        self._group = await asyncio.to_thread(make_group, resolved, prefix)
+        self._service = ApiService(
+            self._group,
+            model,
+            max_num_seqs=spec.limits.max_num_seqs,
+            replica_id=context.replica_tag,
+            build=build_facts(resolved),
+        )
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_api(self._service, self._api_keys)
+
+    async def chat(self, body: Json) -> Any:
+        """A chat completion; with `stream` an async generator of chunks."""
+        return await _or_error(self._service.chat, body)
+
+    async def completions(self, body: Json) -> Any:
+        """A completion; with `stream` an async generator of chunks."""
+        return await _or_error(self._service.completions, body)
+
+    async def models(self) -> Json:
+        """What /v1/models shows."""
+        return self._service.models()
+
+    async def experts(self) -> Json:
+        """What /v1/experts shows."""
+        return self._service.experts()
+
+    def check_health(self) -> None:
+        """Fails only when the supervisor has given up; healing is not ill health."""
+        if self._group.state is GroupState.FAILED:
+            raise RuntimeError("the model instance has failed for good")
+
+    async def __del__(self) -> None:
+        group = getattr(self, "_group", None)
+        if group is not None:
+            await asyncio.to_thread(group.stop)
+
+
+async def _or_error(call: Any, body: Json) -> Any:
+    """Errors are answers too: handles get the OpenAI error body instead of an exception."""
+    streams = isinstance(body, dict) and bool(body.get("stream"))
+    try:
+        result = await call(body)
+    except ApiError as error:
+        return _once(error.body()) if streams else error.body()
+    except Exception:
+        log.exception("a handle call failed")
+        failure = internal_error().body()
+        return _once(failure) if streams else failure
+    return result if isinstance(result, dict) else _with_errors(result)
+
+
+async def _once(body: Json) -> AsyncGenerator[Json, None]:
+    yield body
+
+
+async def _with_errors(chunks: AsyncGenerator[Json, None]) -> AsyncGenerator[Json, None]:
+    try:
+        async for chunk in chunks:
+            yield chunk
+    except ApiError as error:
+        yield error.body()
+    finally:
+        await chunks.aclose()

@@ -1,0 +1,53 @@
+"""Errors in the OpenAI body: `{"error": {message, type, param, code}}`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Json = dict[str, Any]
+
+
+class ApiError(Exception):
+    """What the caller gets instead of an answer. `param` is the name of the field at fault."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.status = status
+        self.kind = kind
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> Json:
+        """The JSON object of the response."""
+        return error_body(self.message, self.kind, self.param, self.code)
+
+
+def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
+    """The OpenAI error object."""
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def not_found(message: str) -> ApiError:
+    """No such route or object."""
+    return ApiError(message, status=404, kind="not_found_error", code="not_found")
+
+
+def internal_error() -> ApiError:
+    """A defect of ours; the details are in the log, not in the answer."""
+    return ApiError(
+        "The server had an error while processing your request.",
+        status=500,
+        kind="server_error",
+        code="internal_error",
+    )

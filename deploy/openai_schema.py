@@ -1,0 +1,169 @@
+"""Requests of /v1/chat/completions and /v1/completions, with vLLM's names for extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deploy.openai_errors import ApiError
+from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
+
+INT64 = 2**63
+MAX_LOGPROBS = 20
+MAX_CHOICES = 128
+
+TokenId = Annotated[int, Field(ge=0, lt=INT64)]
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class _Strict(BaseModel):
+    # Strict: "0.5" is no temperature and true is no seed. Unknown fields are kept to be named.
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class StreamOptions(_Strict):
+    """What a stream carries beside its text."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class GenerationRequest(_Strict):
+    """Fields that both routes share; None means the checkpoint's or OpenAI's default."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=INT64)] = 0
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    skip_special_tokens: bool = True
+    return_tokens_as_token_ids: bool | None = None
+    return_token_ids: bool | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """Stop strings, none of them empty."""
+        if self.stop is None:
+            return ()
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Fields that nobody here knows; they are named in the response's warnings."""
+        extra = [*(self.model_extra or ())]
+        if self.stream_options is not None:
+            extra += [f"stream_options.{key}" for key in self.stream_options.model_extra or ()]
+        return [key for key in extra if key not in IGNORED_FIELDS]
+
+
+class TextPart(BaseModel):
+    """The only kind of content part that these models read."""
+
+    model_config = ConfigDict(strict=True)
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(_Strict):
+    """One turn; fields beyond role and content reach the chat template as they are."""
+
+    role: Annotated[str, Field(min_length=1, max_length=64)]
+    content: str | list[TextPart] | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """The turn as chat templates expect it: content parts joined by line breaks."""
+        content = self.content
+        if isinstance(content, list):
+            content = "\n".join(part.text for part in content)
+        return {"role": self.role, "content": content, **(self.model_extra or {})}
+
+
+class ChatRequest(GenerationRequest):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """None, or how many alternatives beside the sampled token."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class CompletionRequest(GenerationRequest):
+    """POST /v1/completions: text, token ids, or a list of either."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    add_special_tokens: bool = True
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per prompt. Raises ApiError when there is none."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        if not self.prompt:
+            raise ApiError("prompt: must not be an empty list", param="prompt")
+        # The type allows lists of one kind only: all token ids, or none.
+        token_ids: list[int] = []
+        prompts: list[str | list[int]] = []
+        for entry in self.prompt:
+            if isinstance(entry, int):
+                token_ids.append(entry)
+            else:
+                prompts.append(entry)
+        return prompts or [token_ids]
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest)
+
+
+def parse_request(kind: type[Request], body: object) -> Request:
+    """Check a decoded body. Raises ApiError 400 that names the field."""
+    if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
+        raise ApiError("the request body must be a JSON object")
+    refuse_unsupported(body)
+    try:
+        request = kind.model_validate({k: v for k, v in body.items() if v is not None})
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = str(first["loc"][0]) if first["loc"] else None
+        where = ".".join(str(part) for part in first["loc"])
+        raise ApiError(f"{where}: {first['msg']}", param=param) from None
+    _refuse_combinations(request)
+    return request
+
+
+def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
+    if request.stream_options is not None and not request.stream:
+        raise ApiError("stream_options: only allowed with stream=true", param="stream_options")
+    if not isinstance(request, ChatRequest):
+        return
+    if request.top_logprobs is not None and not request.logprobs:
+        raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise ApiError(
+            "continue_final_message: only allowed with add_generation_prompt=false",
+            param="continue_final_message",
+        )

@@ -1,0 +1,211 @@
+"""From options to a model instance's frozen description: reads config.json and headers only."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deploy.config import ConfigError, ServeArgs
+from deploy.demo import NANO_MODELS, nano_checkpoint
+from router.engine import EngineLimits
+from router.placement import place_experts
+from shards.spec import GroupSpec
+
+if TYPE_CHECKING:
+    from models.interface import ModelConfig
+
+_DEFAULT_MAX_MODEL_LEN = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResolvedArgs:
+    """Everything the ingress needs to know, with no default left open and no torch behind it."""
+
+    served_model_name: str
+    model_path: str
+    family: str
+    vocab_size: int
+    num_layers: int
+    num_experts: int
+    spec: GroupSpec
+    api_keys: tuple[str, ...]
+    min_replicas: int
+    max_replicas: int
+    cpus_per_actor: float
+    log_level: str
+
+
+def model_folder(model: str) -> Path:
+    """The checkpoint folder that MODEL names. Raises ConfigError."""
+    folder = nano_checkpoint(model) if model in NANO_MODELS else Path(model).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(
+            f"model={model}: no such folder; allowed values are a checkpoint folder, "
+            f"{', '.join(NANO_MODELS)}"
+        )
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model={model}: the folder has no config.json")
+    return folder.resolve()
+
+
+def resolve(args: ServeArgs) -> ResolvedArgs:
+    """Choose every default and refuse what cannot be served. Raises ConfigError."""
+    folder = model_folder(args.model)
+    name = args.served_model_name
+    if name is None:
+        name = args.model if args.model in NANO_MODELS else folder.name
+    # The models import torch, which takes seconds: only now that the cheap checks have passed.
+    from models.registry import load_config
+    from shards.checkpoint import Checkpoint, verify
+
+    try:
+        config = load_config(folder)
+        verify(config, Checkpoint(folder))
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
+    return ResolvedArgs(
+        served_model_name=name,
+        model_path=str(folder),
+        family=config.family,
+        vocab_size=config.vocab_size,
+        num_layers=config.num_layers,
+        num_experts=config.num_experts,
+        spec=_group_spec(args, folder, config),
+        api_keys=args.api_key,
+        min_replicas=args.min_replicas,
+        max_replicas=args.max_replicas or args.min_replicas,
+        cpus_per_actor=args.cpus_per_actor,
+        log_level=args.log_level,
+    )
+
+
+def bundle_cpus(resolved: ResolvedArgs) -> list[float]:
+    """CPUs of each bundle of a replica's placement group.
+
+    Bundle 0 holds ingress, engine and dispatcher; every other actor has its own.
+    """
+    spec, each = resolved.spec, resolved.cpus_per_actor
+    if spec.executor == "local":
+        return [round(2 * each, 4)]
+    in_first = 3 if spec.num_expert_shards else 2
+    others = len(spec.stage_layers) + spec.num_expert_shards
+    return [round(in_first * each, 4)] + [each] * others
+
+
+def num_cpus(resolved: ResolvedArgs) -> float:
+    """CPUs that all replicas reserve at most."""
+    return resolved.max_replicas * sum(bundle_cpus(resolved))
+
+
+def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+    executor = _executor(args)
+    local = executor == "local"
+    stages = 1 if local else (args.stages or 1)
+    shards = 0 if local else _expert_shards(args, config)
+    dtype = config.dtype_name if args.dtype == "auto" else args.dtype
+    return GroupSpec(
+        model_path=str(folder),
+        dtype=dtype,
+        executor=executor,
+        dispatch=args.dispatch,
+        stage_layers=_stage_layers(config, stages, dtype),
+        num_expert_shards=shards,
+        num_expert_replicas=args.expert_replicas,
+        limits=_limits(args, config, dtype, stages),
+        # The same on every topology: bits may depend on how many threads share an operation.
+        threads=args.threads or 1,
+        secret=secrets.token_hex(16),
+    )
+
+
+def _executor(args: ServeArgs) -> str:
+    """Local unless more than one actor was asked for."""
+    spread = (args.stages or 1) > 1 or (args.expert_shards or 1) > 1
+    if args.executor == "auto":
+        return "pipeline" if spread or args.expert_replicas > 1 else "local"
+    if args.executor == "local":
+        for key, value in (
+            ("stages", args.stages or 1),
+            ("expert_shards", args.expert_shards or 1),
+            ("expert_replicas", args.expert_replicas),
+        ):
+            if value > 1:
+                raise ConfigError(f"{key}={value}: allowed values are 1 with executor=local")
+    return args.executor
+
+
+def _expert_shards(args: ServeArgs, config: ModelConfig) -> int:
+    if not any(config.is_moe_layer(layer) for layer in range(config.num_layers)):
+        if args.expert_shards:
+            raise ConfigError(
+                f"expert_shards={args.expert_shards}: allowed values are 0, "
+                "because no layer of this model has routed experts"
+            )
+        return 0
+    shards = 1 if args.expert_shards is None else args.expert_shards
+    try:
+        place_experts(config.num_experts, shards, args.expert_replicas)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return shards
+
+
+def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[int, int], ...]:
+    from shards.partition import partition_layers
+
+    costs = [config.layer_bytes(i, itemsize(dtype)) for i in range(config.num_layers)]
+    try:
+        return partition_layers(costs, stages)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> EngineLimits:
+    from shards.kv_cache import num_blocks_for
+
+    longest = config.max_position_embeddings
+    max_model_len = args.max_model_len or min(longest, _DEFAULT_MAX_MODEL_LEN)
+    if max_model_len > longest:
+        raise ConfigError(f"max_model_len={max_model_len}: allowed values are 1..{longest}")
+    layers = range(config.num_layers)
+    recurrent = any(config.cache_shape(layer).kind == "state" for layer in layers)
+    slots = args.max_num_seqs if recurrent else 0
+    blocks_each = -(-max_model_len // args.block_size)
+    try:
+        num_blocks = num_blocks_for(
+            args.kv_cache_memory,
+            config,
+            layers,
+            block_size=args.block_size,
+            itemsize=itemsize(dtype),
+            num_state_slots=slots,
+            max_blocks=args.max_num_seqs * blocks_each,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if num_blocks < blocks_each:
+        raise ConfigError(
+            f"kv_cache_memory={args.kv_cache_memory}: it holds {num_blocks * args.block_size} "
+            f"tokens; allowed values hold one sequence of max_model_len={max_model_len}"
+        )
+    return EngineLimits(
+        block_size=args.block_size,
+        num_blocks=num_blocks,
+        num_state_slots=slots,
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=max_model_len,
+        reprefill_length=config.reprefill_length,
+        max_in_flight=stages,
+    )
+
+
+def itemsize(dtype: str) -> int:
+    """Bytes of one element of a model dtype."""
+    return 4 if dtype == "float32" else 2
+
+
+def _one_sentence(error: Exception) -> str:
+    return " ".join(str(error).split())

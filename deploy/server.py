@@ -1,0 +1,84 @@
+"""`conclave serve`: Ray, Serve and one application in the foreground, until a signal."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+
+from deploy.config import ServeArgs
+from deploy.local_ray import ray_session
+from deploy.resolve import num_cpus, resolve
+
+_EXIT_INTERRUPTED = 130
+
+
+class _Signals:
+    """Remembers the first SIGTERM or SIGINT; a second one while draining is not waited for."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._event = threading.Event()
+
+    def install(self) -> None:
+        """Take both signals over."""
+        signal.signal(signal.SIGTERM, self._on_signal)
+        signal.signal(signal.SIGINT, self._on_signal)
+
+    def wait(self) -> None:
+        """Block until a signal."""
+        while not self._event.wait(3600):
+            continue
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.received = number
+        if self._event.is_set() or not self.serving:
+            raise KeyboardInterrupt
+        self._event.set()
+
+    serving = False
+    """Before it serves there is nothing to drain: a signal interrupts at once."""
+
+
+def _drain(name: str) -> None:
+    """Take the application away once its requests have ended.
+
+    Serve itself ends with our Ray; on a shared cluster it stays for the others. (Shutting it down
+    at once would cut running streams.)
+    """
+    from ray import serve
+
+    serve.delete(name, _blocking=False)
+    while name in serve.status().applications:
+        time.sleep(0.1)
+
+
+def serve_forever(args: ServeArgs, host: str, port: int) -> int:
+    """Serve until SIGTERM (0) or SIGINT (130); 1 when the model cannot be started.
+
+    Raises ConfigError before anything is started.
+    """
+    resolved = resolve(args)
+    signals = _Signals()
+    signals.install()
+    try:
+        with ray_session(num_cpus(resolved), args.log_level):
+            from ray import serve
+
+            from deploy.app import application
+
+            try:
+                serve.start(http_options={"host": host, "port": port})
+                serve.run(application(resolved), name=resolved.served_model_name)
+            except Exception as error:
+                print(f"conclave: cannot serve: {error}", file=sys.stderr)
+                return 1
+            print(f"ready on http://{host}:{port}", flush=True)
+            signals.serving = True
+            signals.wait()
+            _drain(resolved.served_model_name)
+    except KeyboardInterrupt:
+        return 0 if signals.received == signal.SIGTERM else _EXIT_INTERRUPTED
+    return 0 if signals.received == signal.SIGTERM else _EXIT_INTERRUPTED

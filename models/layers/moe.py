@@ -1,0 +1,84 @@
+"""Gates and experts; a row's choice and result never depend on the other rows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from models.interface import ExpertWeights, Routing
+from models.layers.activation import Activation
+from models.layers.rowwise import linear, pad_rows
+
+
+def feed_forward(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+    """act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ of [R, D] rows, R a multiple of the row tile."""
+    hidden = activation(linear(x, weights.gate)) * linear(x, weights.up)
+    return linear(hidden, weights.down)
+
+
+def expert_rows(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
+    """`feed_forward` of any number of rows: [n, D] → [n, D]."""
+    if x.shape[0] == 0:
+        return x
+    return feed_forward(pad_rows(x), weights, activation)[: x.shape[0]]
+
+
+def softmax_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """float32 softmax over all experts, then the k largest: ids and probabilities, [T, k] each.
+
+    Equal probabilities go to the lower expert id.
+    """
+    ordered = torch.sort(torch.softmax(logits.float(), dim=-1), descending=True, stable=True)
+    return ordered.indices[:, :top_k].contiguous(), ordered.values[:, :top_k].contiguous()
+
+
+def divide_by_p_norm(weights: Tensor, p: float) -> Tensor:
+    """Divide each row of [T, k] non-negative weights by its p-norm, p >= 0 (0 counts nonzeros).
+
+    The columns are added one by one: a reduction kernel's order is not ours to choose.
+    """
+    if p == 0.0:
+        powers = (weights != 0).to(weights.dtype)
+    elif p == 1.0:
+        powers = weights
+    elif p == 2.0:
+        powers = weights * weights
+    else:
+        powers = torch.exp(p * torch.log(weights))
+    total = powers[:, 0]
+    for column in range(1, powers.shape[1]):
+        total = total + powers[:, column]
+    if p == 2.0:
+        total = torch.sqrt(total)
+    elif p not in (0.0, 1.0):
+        total = torch.exp(torch.log(total) / p)
+    return weights / total[:, None]
+
+
+def sparse_mixer(logits: Tensor, jitter_eps: float) -> tuple[Tensor, Tensor]:
+    """SparseMixer at inference (Liu et al. 2023, GRIN): two expert ids and weights, [T, 2] each.
+
+    Each slot's weight is its logit's softmax among the logits within a relative band of
+    2 * jitter_eps below it; the two weights are not normalised together.
+    """
+    first, first_weight = _mixer_slot(logits, logits, jitter_eps)
+    rest = logits.scatter(-1, first, float("-inf"))
+    second, second_weight = _mixer_slot(rest, logits, jitter_eps)
+    return torch.cat([first, second], -1), torch.cat([first_weight, second_weight], -1)
+
+
+def _mixer_slot(candidates: Tensor, logits: Tensor, jitter_eps: float) -> tuple[Tensor, Tensor]:
+    """Best candidate and its weight; the band is measured on the original logits."""
+    # argmax takes the first of equal values, whatever the number of rows.
+    best = candidates.argmax(dim=-1, keepdim=True)
+    peak = candidates.gather(-1, best)
+    factor = torch.maximum(logits.abs(), peak)
+    # 0 / 0 is NaN, which compares false: nothing is dropped among all-zero logits.
+    dropped = (peak - logits) / factor > 2 * jitter_eps
+    kept = candidates.masked_fill(dropped, float("-inf"))
+    return best, torch.softmax(kept, dim=-1).gather(-1, best)
+
+
+def routing(logits: Tensor, ids: Tensor, weights: Tensor) -> Routing:
+    """A gate's decision, weights in the logits' dtype."""
+    return Routing(ids, weights.to(logits.dtype), logits)

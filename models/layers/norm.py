@@ -1,0 +1,19 @@
+"""Norms over the last dimension; both work row by row, whatever the number of rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """Mean-subtracting LayerNorm of [R, D] rows."""
+    return F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm of [R, D] rows: statistics in float32, weight applied in the model dtype."""
+    wide = x.float()
+    mean_square = (wide * wide).mean(-1, keepdim=True)
+    return weight * (wide / torch.sqrt(mean_square + eps)).to(x.dtype)

@@ -1,0 +1,87 @@
+"""A pipeline stage: some decoder layers, with embedding and head where the stage owns them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from models.interface import DecoderLayer, TensorSlice
+from models.layers.rowwise import linear
+
+FinalNorm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
+
+
+class LoadableLayer(DecoderLayer, Protocol):
+    """A decoder layer that names its parameters and takes them."""
+
+    def tensors(self) -> dict[str, TensorSlice]:
+        """The layer's parameters and where they are read from."""
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the parameters named by `tensors()`."""
+
+
+class Stage:
+    """The layers of one stage; implements `models.interface.StageModel`.
+
+    `embedding` is the token table (first stage), `head` the tensors of final norm and lm_head, of
+    which `lm_head` [V, D] and optionally `lm_head_bias` [V] close the model (last stage).
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Sequence[LoadableLayer],
+        embedding: TensorSlice | None,
+        head: dict[str, TensorSlice],
+        final_norm: FinalNorm,
+    ) -> None:
+        self.layers: tuple[DecoderLayer, ...] = tuple(layers)
+        self._loadable = tuple(layers)
+        self._final_norm = final_norm
+        self._slices: dict[str, TensorSlice] = {}
+        if embedding is not None:
+            self._slices["embedding"] = embedding
+        self._slices.update({f"head.{name}": part for name, part in head.items()})
+        for layer in layers:
+            for name, part in layer.tensors().items():
+                self._slices[f"layers.{layer.layer_idx}.{name}"] = part
+        self._embedding: Tensor | None = None
+        self._head: dict[str, Tensor] = {}
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """First stage: [R] int64 → [R, D]."""
+        assert self._embedding is not None, "this stage holds no loaded embedding"
+        return F.embedding(token_ids, self._embedding)
+
+    def head(self, x: Tensor) -> Tensor:
+        """Last stage: [R', D] → [R', V]."""
+        normed = self._final_norm(x, self._head)
+        return linear(normed, self._head["lm_head"], self._head.get("lm_head_bias"))
+
+    def tensors(self) -> dict[str, TensorSlice]:
+        """Every parameter of the stage by its own name."""
+        return dict(self._slices)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take all parameters; ValueError names one that is missing, unknown or misshapen."""
+        for name, part in self._slices.items():
+            if name not in weights:
+                raise ValueError(f"parameter {name} is missing")
+            if tuple(weights[name].shape) != part.shape:
+                shape = tuple(weights[name].shape)
+                raise ValueError(f"parameter {name} has shape {shape}, expected {part.shape}")
+        unknown = sorted(weights.keys() - self._slices.keys())
+        if unknown:
+            raise ValueError(f"parameter {unknown[0]} does not belong to this stage")
+        self._embedding = weights.get("embedding")
+        self._head = _below("head.", weights)
+        for layer in self._loadable:
+            layer.load(_below(f"layers.{layer.layer_idx}.", weights))
+
+
+def _below(prefix: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: w for name, w in weights.items() if name.startswith(prefix)}

@@ -1,0 +1,265 @@
+"""The whole core against simulated stages that remember what was written where."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
+from random import Random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from router.engine import EngineCore, EngineLimits, Executor
+from router.step import (
+    Admit,
+    FinishReason,
+    Sampled,
+    SamplingParams,
+    StateOpKind,
+    StepPlan,
+    StepResult,
+    Token,
+)
+
+VOCAB = 61
+
+
+def next_token(tokens: Seq[int]) -> int:
+    return zlib.crc32(bytes(tokens)) % VOCAB
+
+
+def solo_run(admit: Admit, max_model_len: int) -> list[tuple[int, FinishReason | None]]:
+    """What the request gets alone, written down from the contract."""
+    tokens, out = list(admit.prompt), []
+    while not out or out[-1][1] is None:
+        tokens.append(next_token(tokens))
+        finish = None
+        if len(out) + 1 == admit.sampling.max_tokens or len(tokens) == max_model_len:
+            finish = FinishReason.LENGTH
+        allowed = len(out) + 1 >= admit.sampling.min_tokens
+        if allowed and tokens[-1] in admit.sampling.stop_token_ids:
+            finish = FinishReason.STOP
+        out.append((tokens[-1], finish))
+    return out
+
+
+@dataclass
+class Known:
+    slot: int
+    tokens: list[int]
+    table: list[int] = field(default_factory=list)
+
+
+Cell = tuple[int, int, int, bool]  # seq_id, position, token id, long regime
+
+
+class SimulatedStages:
+    """An Executor: KV memory and state slots hold who wrote which position under which regime.
+
+    Tables change at submit; tokens are computed when polled, in any order among those in flight.
+    """
+
+    def __init__(self, limits: EngineLimits, random: Random) -> None:
+        self.limits = limits
+        self.random = random
+        self.known: dict[int, Known] = {}
+        self.memory: dict[tuple[int, int], Cell] = {}
+        self.states: dict[int, list[Cell]] = {}
+        self.steps: list[StepPlan] = []
+        self.num_steps = 0
+
+    @property
+    def max_in_flight(self) -> int:
+        return self.limits.max_in_flight
+
+    def submit(self, plan: StepPlan) -> None:
+        limits = self.limits
+        self.num_steps += 1
+        flying = {row.seq_id for other in self.steps for row in other.scheduled}
+        rows = [row.seq_id for row in plan.scheduled]
+        assert len(set(rows)) == len(rows) > 0
+        assert not flying & (set(rows) | set(plan.released)), "a sequence in flight was touched"
+        assert sum(row.num_tokens for row in plan.scheduled) <= limits.max_num_batched_tokens
+        assert all(row.num_tokens >= 1 for row in plan.scheduled)
+        assert len(set(plan.released)) == len(plan.released)
+        for seq_id in plan.released:
+            del self.known[seq_id]  # KeyError: released without being known
+        for new in plan.new:
+            assert new.seq_id not in self.known
+            assert new.seq_id in rows
+            slots = [known.slot for known in self.known.values()]
+            assert new.state_slot not in slots if limits.num_state_slots else new.state_slot == -1
+            self.known[new.seq_id] = Known(new.state_slot, [*new.prompt, *new.emitted])
+        assert len(self.known) <= limits.max_num_seqs
+        for row in plan.scheduled:
+            owned = {block for known in self.known.values() for block in known.table}
+            assert not owned & set(row.new_blocks), "a block has two owners"
+            assert all(0 <= block < limits.num_blocks for block in row.new_blocks)
+            self.known[row.seq_id].table.extend(row.new_blocks)
+        self.steps.append(plan)
+        assert len(self.steps) <= limits.max_in_flight
+
+    def poll(self, timeout: float | None) -> StepResult | None:
+        if not self.steps:
+            return None
+        plan = self.steps.pop(self.random.randrange(len(self.steps)))
+        for op in plan.state_ops:
+            assert op.kind is StateOpKind.ZERO
+            assert op.target in {self.known[row.seq_id].slot for row in plan.scheduled}
+            self.states[op.target] = []
+        sampled = []
+        for row in plan.scheduled:
+            known = self.known[row.seq_id]
+            is_long = row.length > (self.limits.reprefill_length or row.length)
+            end = row.start + row.num_tokens
+            assert row.length == len(known.tokens)
+            assert list(row.token_ids) == known.tokens[row.start : end]
+            assert len(row.token_ids) == row.num_tokens
+            for position, token in zip(range(row.start, end), row.token_ids, strict=True):
+                cell = (row.seq_id, position, token, is_long)
+                self.memory[self._place(known, position)] = cell
+                if known.slot >= 0:
+                    self.states[known.slot].append(cell)
+            read = [self.memory[self._place(known, position)] for position in range(end)]
+            for position, cell in enumerate(read):
+                assert (*cell[:2], cell[3]) == (row.seq_id, position, is_long)
+            assert known.slot < 0 or self.states[known.slot] == read, "the state skipped or mixed"
+            assert row.samples == (end == row.length)
+            if row.samples:
+                token = next_token([cell[2] for cell in read])
+                known.tokens.append(token)
+                sampled.append(Sampled(seq_id=row.seq_id, token_id=token, logprob=-float(token)))
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
+
+    def _place(self, known: Known, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.limits.block_size)
+        return known.table[block], offset
+
+
+class Ingress:
+    """Drives a core and keeps the journal: exactly the tokens it was sent, in order."""
+
+    def __init__(self, limits: EngineLimits, random: Random) -> None:
+        self.core = EngineCore(limits)
+        self.random = random
+        self.stages = SimulatedStages(limits, random)
+        self.journal: dict[int, list[Token]] = {}
+        self.open: dict[int, Admit] = {}
+        self.ended: dict[int, int] = {}
+
+    def admit(self, admit: Admit) -> None:
+        assert self.core.admit(admit) is None
+        self.core.check_invariants()
+        self.journal.setdefault(admit.seq_id, [])
+        self.open[admit.seq_id] = admit
+
+    def abort(self, seq_id: int) -> None:
+        self.core.abort(seq_id)
+        self.core.check_invariants()
+        del self.open[seq_id], self.journal[seq_id]
+
+    def step(self) -> None:
+        executor: Executor = self.stages
+        while (plan := self.core.schedule()) is not None:
+            self.core.check_invariants()
+            executor.submit(plan)
+            if self.random.random() < 0.2:
+                break
+        assert self.core.num_in_flight == len(self.stages.steps)
+        assert self.core.num_in_flight or not self.core.has_work, "work is left and none is done"
+        result = executor.poll(0)
+        for token in self.core.apply(result) if result else ():
+            assert token.position == len(self.journal[token.seq_id])
+            assert self.journal[token.seq_id][-1:] == [] or token.seq_id in self.open
+            self.journal[token.seq_id].append(token)
+            if token.finish is not None:
+                del self.open[token.seq_id]
+                self.ended[token.seq_id] = self.stages.num_steps
+        self.core.check_invariants()
+
+    def crash(self) -> None:
+        """Everything but the journal is lost; what was in flight arrives too late."""
+        late = [self.stages.poll(0) for _ in self.stages.steps[:1]]
+        self.core.reset(self.core.epoch + 1)
+        self.stages = SimulatedStages(self.core.limits, self.random)
+        for result in late:
+            assert result is not None
+            assert self.core.apply(result) == ()
+        for seq_id, admit in list(self.open.items()):
+            assert self.core.admit(admit) is None  # of the epoch that is over: dropped
+            emitted = tuple(token.token_id for token in self.journal[seq_id])
+            again = Admit(
+                seq_id=seq_id,
+                epoch=self.core.epoch,
+                prompt=admit.prompt,
+                emitted=emitted,
+                sampling=admit.sampling,
+                priority=admit.priority,
+            )
+            self.admit(again)
+        assert self.core.load().waiting == len(self.open)
+
+
+def random_limits(random: Random) -> EngineLimits:
+    max_model_len = random.choice([2, 9, 24, 40, 40])
+    block_size = random.randint(1, 5)
+    least = -(-max_model_len // block_size)
+    return EngineLimits(
+        block_size=block_size,
+        num_blocks=random.randint(least, 2 * least),
+        num_state_slots=random.choice([0, 1, 3, 6]),
+        max_num_seqs=random.randint(1, 6),
+        max_num_batched_tokens=random.choice([1, 3, 8, 24, 60]),
+        max_model_len=max_model_len,
+        reprefill_length=random.choice([None, random.randint(1, max_model_len)]),
+        max_in_flight=random.randint(1, 3),
+    )
+
+
+def random_admit(random: Random, seq_id: int, limits: EngineLimits, epoch: int) -> Admit:
+    longest = random.choice([2, 6, limits.max_model_len])
+    num_prompt = random.randrange(1, min(longest, limits.max_model_len))
+    prompt = tuple(random.randrange(VOCAB) for _ in range(num_prompt))
+    sampling = SamplingParams(
+        max_tokens=random.randrange(1, limits.max_model_len + 3),
+        min_tokens=random.choice([0, 0, 3]),
+        stop_token_ids=random.choice([(), (3,), (1, 5)]),
+    )
+    priority = random.choice([0, 0, 0, -1, 2])
+    return Admit(seq_id=seq_id, epoch=epoch, prompt=prompt, sampling=sampling, priority=priority)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, 2**32))
+def test_every_request_gets_the_tokens_of_its_solo_run(seed: int) -> None:
+    random = Random(seed)
+    limits, trouble = random_limits(random), random.choice([0.0, 0.0, 0.3])
+    ingress = Ingress(limits, random)
+    admits: dict[int, Admit] = {}
+    for seq_id in range(random.randrange(1, 20)):
+        admits[seq_id] = random_admit(random, seq_id, limits, ingress.core.epoch)
+        ingress.admit(admits[seq_id])
+        for _ in range(random.choice([0, 0, 1, 5])):
+            ingress.step()
+        if ingress.open and random.random() < trouble:
+            ingress.abort(random.choice(sorted(ingress.open)))
+        if random.random() < trouble / 4:
+            ingress.crash()
+    work = 0
+    while ingress.core.has_work:
+        ingress.step()
+        work += 1
+        assert work < 5000, "a request starves"
+    for seq_id, tokens in ingress.journal.items():
+        got = [(token.token_id, token.finish) for token in tokens]
+        assert got == solo_run(admits[seq_id], limits.max_model_len)
+        assert all(token.logprob == -token.token_id for token in tokens)
+    load = ingress.core.load()
+    assert (load.running, load.waiting, load.used_blocks, load.used_slots) == (0, 0, 0, 0)
+    # The last sequences' release rides on the next plan: after one more request it is the only
+    # sequence the stages know.
+    last = random_admit(random, 99, limits, ingress.core.epoch)
+    ingress.admit(last)
+    ingress.step()
+    assert set(ingress.stages.known) == {99}
