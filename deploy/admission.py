@@ -27,7 +27,11 @@ class Admission:
         return self._live
 
     def check(self, num_sequences: int) -> None:
-        """Raises ApiError 503 with the time after which there should be room."""
+        """Raises ApiError: 503 with the time after which there should be room, 400 if never."""
+        if num_sequences > self._bound:
+            raise ApiError(
+                f"n: {num_sequences} sequences in one request, allowed are {self._bound}", param="n"
+            )
         if self._live + num_sequences <= self._bound:
             return
         # The queue drains at max_running sequences per mean duration.

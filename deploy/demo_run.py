@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import time
 import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
@@ -56,10 +58,12 @@ def run_demo(num_questions: int, port: int | None) -> int:
         resolving = pool.submit(_resolve_all)
         with ray_session(_NUM_CPUS):
             _deploy(resolving.result(), port)
-            console.print(f"Ready after {time.monotonic() - started:.1f} s.")
-            good = [_show(console, name, port, num_questions) for name in NANO_MODELS]
+            good = []
+            for name in _as_they_start():
+                console.print(f"{name} is ready after {time.monotonic() - started:.1f} s.")
+                good.append(_show(console, name, port, num_questions))
     console.print(f"Done after {time.monotonic() - started:.1f} s.")
-    return 0 if all(good) else 1
+    return 0 if len(good) == len(NANO_MODELS) and all(good) else 1
 
 
 def _resolve_all() -> list[ResolvedArgs]:
@@ -67,7 +71,7 @@ def _resolve_all() -> list[ResolvedArgs]:
 
 
 def _deploy(models: list[ResolvedArgs], port: int) -> None:
-    """Start all applications at the same time and wait until they run."""
+    """Start all applications at the same time, without waiting for them."""
     from ray import serve
 
     from deploy.app import application
@@ -81,8 +85,27 @@ def _deploy(models: list[ResolvedArgs], port: int) -> None:
                 route_prefix=f"/{model.served_model_name}",
             )
             for model in models
-        ]
+        ],
+        wait_for_applications_running=False,
     )
+
+
+def _as_they_start() -> Iterator[str]:
+    """Names of the models in the order in which they can answer; failed ones are left out."""
+    from ray import serve
+
+    starting = set(NANO_MODELS)
+    while starting:
+        applications = serve.status().applications
+        for name in sorted(starting):
+            status = applications[name].status
+            if status == "RUNNING":
+                starting.discard(name)
+                yield name
+            elif status == "DEPLOY_FAILED":
+                starting.discard(name)
+                print(f"{name} did not start: {applications[name].message}", file=sys.stderr)
+        time.sleep(0.2)
 
 
 def _show(console: Console, name: str, port: int, num_questions: int) -> bool:

@@ -13,6 +13,7 @@ from typing import TypeVar
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from deploy.openai_errors import ApiError, Json, error_body, internal_error
@@ -98,6 +99,8 @@ def _guarded(handler: Route) -> Route:
             return await handler(request)
         except ApiError as error:
             return _error(error)
+        except ClientDisconnect:
+            return Response(status_code=_CLIENT_CLOSED)
         except Exception:
             log.exception("%s %s failed", request.method, request.url.path)
             return _error(internal_error())

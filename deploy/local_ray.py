@@ -17,7 +17,7 @@ from pathlib import Path
 from deploy import guardian
 
 RUNTIME_FOLDER = "CONCLAVE_RUNTIME_DIR"
-"""Environment variable: private folder for sockets, removed when the server ends."""
+"""Environment variable of every process of a session: its private folder."""
 
 
 @contextmanager
@@ -25,26 +25,54 @@ def ray_session(num_cpus: float, log_level: str = "warning") -> Iterator[None]:
     """Ray connected on entry, gone without trace on exit (also after SIGKILL, if it is ours).
 
     A Ray of our own has at least `num_cpus` CPUs on its books, so that every actor is placed.
+    The main thread must enter: Ray's processes die with the thread that started them.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    session = _joined_cluster() if os.environ.get("RAY_ADDRESS") else _own_ray(num_cpus, log_level)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with session:
+        # Ray takes the signals over; the command line's own handlers drain first.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        _quieten(log_level)
+        yield
+
+
+@contextmanager
+def _joined_cluster() -> Iterator[None]:
+    import ray
+
+    ray.init(logging_level=logging.ERROR, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own_ray(num_cpus: float, log_level: str) -> Iterator[None]:
+    # Short: Ray's socket paths below it must fit into 107 characters.
+    folder = tempfile.mkdtemp(prefix="cv-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
+    watcher = _start_guardian(folder)
+    try:
+        _start_ray(folder, num_cpus, log_level)
         import ray
 
-        ray.init(logging_level=logging.ERROR, log_to_driver=False)
-        _quieten(log_level)
         try:
             yield
         finally:
             ray.shutdown()
-        return
-    # Short: Ray's socket paths below it must fit into 107 characters.
-    folder = tempfile.mkdtemp(prefix="cv-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
-    watcher = _start_guardian(folder)
+    finally:
+        # The guardian cleans up once its pipe is closed.
+        assert watcher.stdin is not None
+        watcher.stdin.close()
+        watcher.wait()
+
+
+def _start_ray(folder: str, num_cpus: float, log_level: str) -> None:
     _set_environment(folder)
     import ray
 
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        # The main thread must do this: Ray's processes die with the thread that started them.
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, math.ceil(num_cpus)),
@@ -54,16 +82,8 @@ def ray_session(num_cpus: float, log_level: str = "warning") -> Iterator[None]:
             configure_logging=log_level == "debug",
             _temp_dir=folder,
         )
-        # Ray takes the signals over; the command line's own handlers drain first.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        _quieten(log_level)
-        yield
-    finally:
-        ray.shutdown()
-        assert watcher.stdin is not None
-        watcher.stdin.close()
-        watcher.wait()
+    except SystemExit as error:  # Ray's own signal handler, in place until `init` has returned
+        raise KeyboardInterrupt from error
 
 
 def _quieten(log_level: str) -> None:

@@ -145,6 +145,9 @@ def _expert_shards(args: ServeArgs, config: ModelConfig) -> int:
             )
         return 0
     shards = 1 if args.expert_shards is None else args.expert_shards
+    most = config.num_experts * args.expert_replicas
+    if not 1 <= shards <= most:
+        raise ConfigError(f"expert_shards={shards}: allowed values are 1..{most}")
     try:
         place_experts(config.num_experts, shards, args.expert_replicas)
     except ValueError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import socket
 import sys
 import threading
 import time
@@ -42,6 +43,14 @@ class _Signals:
     """Before it serves there is nothing to drain: a signal interrupts at once."""
 
 
+def _check_port(host: str, port: int) -> None:
+    """Raises OSError at once where Serve would need half a minute to say so."""
+    family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
 def _drain(name: str) -> None:
     """Take the application away once its requests have ended.
 
@@ -58,9 +67,16 @@ def _drain(name: str) -> None:
 def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     """Serve until SIGTERM (0) or SIGINT (130); 1 when the model cannot be started.
 
+    A signal before it serves, or a second one while it drains, ends it at once (130).
+
     Raises ConfigError before anything is started.
     """
     resolved = resolve(args)
+    try:
+        _check_port(host, port)
+    except OSError as error:
+        print(f"conclave: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        return 1
     signals = _Signals()
     signals.install()
     try:
@@ -75,10 +91,10 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
             except Exception as error:
                 print(f"conclave: cannot serve: {error}", file=sys.stderr)
                 return 1
-            print(f"ready on http://{host}:{port}", flush=True)
             signals.serving = True
+            print(f"ready on http://{host}:{port}", flush=True)
             signals.wait()
             _drain(resolved.served_model_name)
     except KeyboardInterrupt:
-        return 0 if signals.received == signal.SIGTERM else _EXIT_INTERRUPTED
+        return _EXIT_INTERRUPTED
     return 0 if signals.received == signal.SIGTERM else _EXIT_INTERRUPTED

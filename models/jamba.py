@@ -171,12 +171,8 @@ class JambaConfig:
         """`gate`, `up` and `down` of one routed expert."""
         experts = f"model.layers.{layer_idx}.feed_forward.experts."
         gate, up, down = (f"{experts}{expert}.{n}_proj.weight" for n in ("gate", "up", "down"))
-        return expert_matrices(
-            expert,
-            (self.expert_width, self.hidden_size),
-            hub=(gate, up, down),
-            fused_prefix=experts,
-        )
+        shape = (self.expert_width, self.hidden_size)
+        return expert_matrices(expert, shape, hub=(gate, up, down), fused_prefix=experts)
 
     def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
         """One expert over n rows, [n, D] → [n, D]."""

@@ -13,7 +13,6 @@ from shards.control import INGRESS, WorkerEvent
 from shards.spec import WorkerSpec
 from shards.worker import Worker
 
-
 log = logging.getLogger("conclave.engine")
 
 

@@ -20,7 +20,6 @@ from shards.remote_experts import ActorBackend, DirectBackend, ExpertLinks, Step
 from shards.spec import Role, WorkerSpec
 from shards.worker import Worker
 
-
 log = logging.getLogger("conclave.stage")
 
 

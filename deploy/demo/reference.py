@@ -3,6 +3,7 @@ published families, and made quick enough to train on a processor."""
 
 from __future__ import annotations
 
+import copy
 from collections import defaultdict
 from typing import Any
 
@@ -123,7 +124,8 @@ def build_model(name: str, published: dict[str, Any]) -> Any:
     """Build an untrained model from a config in the published layout."""
     apply_remedies()
     config_class, model_class = _CLASSES[name]
-    settings = {key: value for key, value in published.items() if key != "torch_dtype"}
+    # A copy, since Transformers writes keys of its own into nested dictionaries.
+    settings = copy.deepcopy({k: v for k, v in published.items() if k != "torch_dtype"})
     config = config_class(**settings)
     config.use_cache = False
     if name == "nano-dbrx":

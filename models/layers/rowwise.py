@@ -33,10 +33,11 @@ def pad_rows(x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias, tile by tile: [R, D] x [N, D] → [R, N], R a multiple of the row tile."""
     tile, rows = row_tile(x.dtype), x.shape[0]
-    assert rows and rows % tile == 0, f"{rows} rows are no multiple of the tile of {tile}"
+    assert rows % tile == 0, f"{rows} rows are no multiple of the tile of {tile}"
     x = x.contiguous()
-    if rows == tile:
+    if rows <= tile:
         return F.linear(x, weight, bias)
     # One call per tile, not one bmm: with several threads a single-tile bmm is split differently
     # from a many-tile one, and in bfloat16 bmm copies the weight once per tile.
-    return torch.cat([F.linear(part, weight, bias) for part in x.split(tile)])
+    parts = x.view(rows // tile, tile, -1).unbind()
+    return torch.cat([F.linear(part, weight, bias) for part in parts])

@@ -64,6 +64,10 @@ def test_linear(dtype: torch.dtype, tiles: int, width: int, out: int, seed: int)
     assert torch.equal(linear(misaligned(x), misaligned(w), bias), full)
 
 
+def test_linear_of_no_rows() -> None:
+    assert linear(torch.zeros(0, 5), torch.zeros(3, 5)).shape == (0, 3)
+
+
 def test_one_row_of_blas_is_another_number() -> None:
     # Why the tiles exist: where this stops holding, they can go.
     x, w = randn(0, 8, 256), randn(1, 512, 256)

@@ -38,6 +38,7 @@ def ffn(**keys: Any) -> dict[str, Any]:
         pytest.param({}, id="base"),
         pytest.param(attn(clip_qkv=0.5), id="clamp bites"),
         pytest.param(attn(clip_qkv=8), id="clamp is an int"),
+        pytest.param(attn(clip_qkv=0), id="clamp to zero"),
         pytest.param(attn(kv_n_heads=1), id="one kv head"),
         pytest.param(attn(kv_n_heads=4), id="all kv heads"),
         pytest.param(ffn(moe_normalize_expert_weights=None), id="no norm of the weights"),

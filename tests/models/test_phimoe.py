@@ -75,7 +75,7 @@ def test_longrope_switches_after_the_boundary(
 
 
 def test_longrope_regime_is_each_sequences_own(tmp_path: Path) -> None:
-    short, long = tokens_of(4, 10), tokens_of(5, BOUNDARY + 12)
+    short, long = tokens_of(4, BOUNDARY), tokens_of(5, BOUNDARY + 12)
     folder = tiny("phimoe", tmp_path, num_hidden_layers=2)
     served = Served.open(folder)
     together = served.step([Chunk(0, 0, short), Chunk(1, 0, long), Chunk(2, 0, short)])

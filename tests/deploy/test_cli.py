@@ -1,0 +1,129 @@
+"""Exit codes and messages of the command line, and the guardian that cleans up after a kill."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from deploy import guardian
+from deploy.version import VERSION
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def conclave(*args: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deploy.cli", *args]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        (["plan", "nano-dbrx"], "plan"),
+        (["serve"], "model"),
+        (["serve", "nano-dbrx", "nano-jamba"], "nano-dbrx nano-jamba"),
+        (["serve", "nano-dbrx", "--frobnicate"], "--frobnicate"),
+        (["serve", "nano-dbrx", "--port", "0"], "--port"),
+        (["serve", "/nonexistent"], "/nonexistent"),
+        (["serve", "nano-dbrx", "--device", "cuda"], "device=cuda"),
+        (["serve", "nano-dbrx", "--stages", "99"], "stages=99"),
+        (["serve", "nano-dbrx", "--config", "/nonexistent"], "config=/nonexistent"),
+    ],
+)
+def test_usage_errors_are_one_sentence(args: list[str], word: str) -> None:
+    done = conclave(*args)
+    assert done.returncode == 2
+    assert word in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert done.stdout == ""
+
+
+def test_config_file_and_its_errors(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("stages: 99\nexpert-shards: 2\n")
+    assert "stages=99" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
+    assert (
+        "stages=98"
+        in conclave("serve", "nano-dbrx", "--config", str(file), "--stages", "98").stderr
+    )
+    file.write_text("- a")
+    assert "mapping" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
+
+
+def test_check(tmp_path: Path) -> None:
+    good = conclave("check", "nano-phimoe")
+    assert good.returncode == 0
+    assert "phimoe" in good.stdout
+    bad = conclave("check", str(tmp_path))
+    assert bad.returncode == 1
+    assert "config.json" in bad.stdout
+
+
+def test_port_in_use() -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = conclave("serve", "nano-dbrx", "--port", str(taken.getsockname()[1]))
+    assert done.returncode == 1
+    assert "cannot listen" in done.stderr
+
+
+def test_a_usage_error_needs_no_heavy_import() -> None:
+    code = (
+        "import sys, deploy.cli, deploy.config; "
+        "print([m for m in ('torch', 'ray', 'fastapi', 'openai') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_replica_code_imports_without_torch() -> None:
+    code = (
+        "import sys, deploy.app, shards.group, shards.ray_launcher; print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_version_is_the_projects() -> None:
+    found = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)
+    assert found is not None
+    assert found[1] == VERSION
+
+
+def test_guardian_ends_what_is_left_and_removes_the_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "session"
+    folder.mkdir()
+    sleeper = [sys.executable, "-c", "import time; time.sleep(60)"]
+    with (folder / "log").open("w") as log:
+        left_over = subprocess.Popen(sleeper, stdout=log)
+    stranger = subprocess.Popen(sleeper)
+    try:
+        watcher = subprocess.Popen(
+            [sys.executable, "-I", "-S", guardian.__file__, str(folder)], stdin=subprocess.PIPE
+        )
+        assert watcher.stdin is not None
+        time.sleep(0.2)
+        assert left_over.poll() is None
+        assert os.listdir(folder) == ["log"]
+        watcher.stdin.close()
+        assert watcher.wait(timeout=30) == 0
+        assert left_over.wait(timeout=5) == -9
+        assert stranger.poll() is None
+        assert not folder.exists()
+    finally:
+        for process in (left_over, stranger):
+            process.kill()
+            process.wait()

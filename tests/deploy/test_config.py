@@ -1,0 +1,151 @@
+"""Options: what is refused, in one sentence that names the key, and what is chosen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.config import ConfigError, parse_args
+from deploy.demo import nano_checkpoint
+from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
+
+
+def resolved(**options: Any) -> ResolvedArgs:
+    return resolve(parse_args({"model": "nano-jamba", **options}))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"modle": "x"}, ["modle", "max_model_len"]),
+        ({"model": None}, ["model"]),
+        ({"stages": 0}, ["stages", "1"]),
+        ({"stages": "two"}, ["stages", "'two'"]),
+        ({"stages": 9}, ["stages=9", "1..8"]),
+        ({"expert_shards": 0, "executor": "pipeline"}, ["expert_shards=0", "1..16"]),
+        ({"expert_shards": 17}, ["expert_shards=17", "1..16"]),
+        ({"expert_shards": 2, "expert_replicas": 3}, ["expert_replicas=3", "1..2"]),
+        ({"executor": "local", "stages": 2}, ["stages=2", "executor=local"]),
+        ({"executor": "local", "expert_shards": 2}, ["expert_shards=2", "executor=local"]),
+        ({"executor": "distributed"}, ["executor=distributed", "pipeline"]),
+        ({"dispatch": "x"}, ["dispatch=x", "direct"]),
+        ({"dtype": "int4"}, ["dtype=int4", "bfloat16"]),
+        ({"device": "cuda"}, ["device=cuda", "not available in this version", "cpu"]),
+        ({"layout": "colocated"}, ["layout=colocated", "not available", "disaggregated"]),
+        ({"quantization": "int8"}, ["quantization=int8", "not available", "none"]),
+        ({"attention_backend": "triton"}, ["attention_backend=triton", "torch"]),
+        ({"mamba_backend": "mamba_ssm"}, ["mamba_backend=mamba_ssm", "torch"]),
+        ({"enable_prefix_caching": "true"}, ["enable_prefix_caching=true", "false"]),
+        ({"max_model_len": 513}, ["max_model_len=513", "1..512"]),
+        ({"kv_cache_memory": "2 parsecs"}, ["kv_cache_memory", "2GiB"]),
+        ({"kv_cache_memory": "1KiB"}, ["kv_cache_memory=1024"]),
+        ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas=2", "3"]),
+        ({"cpus_per_actor": 0}, ["cpus_per_actor"]),
+        ({"api_key": [""]}, ["api_key"]),
+        ({"threads": "0"}, ["threads"]),
+    ],
+)
+def test_refusals_name_the_key(options: dict[str, Any], words: list[str]) -> None:
+    given = {"model": "nano-jamba", **options}
+    with pytest.raises(ConfigError) as error:
+        resolve(parse_args({key: value for key, value in given.items() if value is not None}))
+    message = str(error.value)
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+def test_strings_mean_the_same_as_values() -> None:
+    typed = parse_args({"model": "m", "stages": 2, "kv_cache_memory": 2**30, "api_key": ["k"]})
+    text = parse_args({"model": "m", "stages": "2", "kv_cache_memory": "1GiB", "api_key": "k"})
+    assert typed == text
+    assert parse_args({"model": "m", "kv_cache_memory": "1.5 kB"}).kv_cache_memory == 1500
+
+
+@pytest.mark.parametrize(
+    ("options", "executor", "stages", "shards"),
+    [
+        ({}, "local", 1, 0),
+        ({"stages": 1, "expert_shards": 1}, "local", 1, 0),
+        ({"stages": 2}, "pipeline", 2, 1),
+        ({"stages": 1, "expert_shards": 4}, "pipeline", 1, 4),
+        ({"executor": "pipeline"}, "pipeline", 1, 1),
+        ({"expert_shards": 4, "expert_replicas": 2}, "pipeline", 1, 4),
+    ],
+)
+def test_executor_follows_the_topology(
+    options: dict[str, Any], executor: str, stages: int, shards: int
+) -> None:
+    chosen = resolved(**options)
+    assert chosen.spec.executor == executor
+    assert len(chosen.spec.stage_layers) == stages
+    assert chosen.spec.num_expert_shards == shards
+    assert chosen.spec.stage_layers[0][0] == 0
+    assert chosen.spec.stage_layers[-1][1] == chosen.num_layers == 8
+    assert len(bundle_cpus(chosen)) == (1 if executor == "local" else 1 + stages + shards)
+
+
+def test_bundles_are_the_launchers() -> None:
+    from shards.ray_launcher import num_bundles
+
+    for options in ({}, {"stages": 2, "expert_shards": 3}, {"executor": "pipeline"}):
+        chosen = resolved(**options)
+        assert len(bundle_cpus(chosen)) == num_bundles(chosen.spec)
+
+
+def test_defaults_come_from_the_checkpoint() -> None:
+    chosen = resolved()
+    assert chosen.served_model_name == "nano-jamba"
+    assert chosen.spec.dtype == "float32"
+    assert chosen.spec.limits.max_model_len == 512
+    assert chosen.spec.limits.num_state_slots == 32
+    assert resolve(parse_args({"model": "nano-dbrx"})).spec.limits.num_state_slots == 0
+    assert resolve(parse_args({"model": "nano-phimoe"})).spec.limits.reprefill_length == 96
+    folder = str(nano_checkpoint("nano-dbrx"))
+    assert resolve(parse_args({"model": folder})).served_model_name == "nano-dbrx"
+
+
+def test_kv_cache_holds_no_more_than_can_be_used() -> None:
+    limits = resolved(max_num_seqs=4, max_model_len=100).spec.limits
+    assert limits.num_blocks == 4 * 7
+
+
+def copy_of(name: str, target: Path) -> Path:
+    return Path(shutil.copytree(nano_checkpoint(name), target / name))
+
+
+def test_missing_folders_and_files(tmp_path: Path) -> None:
+    for model, word in ((tmp_path / "nothing", "no such folder"), (tmp_path, "config.json")):
+        with pytest.raises(ConfigError, match=word):
+            resolve(parse_args({"model": str(model)}))
+
+
+def test_unsupported_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(ConfigError, match="LlamaForCausalLM") as error:
+        resolve(parse_args({"model": str(tmp_path)}))
+    assert "JambaForCausalLM" in str(error.value)
+
+
+def test_missing_weights_are_found_without_reading_them(tmp_path: Path) -> None:
+    folder = copy_of("nano-dbrx", tmp_path)
+    first = sorted(folder.glob("*.safetensors"))[0]
+    first.unlink()
+    with pytest.raises(ConfigError, match=first.name):
+        resolve(parse_args({"model": str(folder)}))
+
+
+def test_dense_jamba_has_no_expert_actors(tmp_path: Path) -> None:
+    from deploy.resolve import _expert_shards
+    from models.registry import load_config
+
+    raw = json.loads((nano_checkpoint("nano-jamba") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**raw, "num_experts": 1}))
+    dense = load_config(tmp_path)
+    assert _expert_shards(parse_args({"model": "m", "stages": 2}), dense) == 0
+    with pytest.raises(ConfigError, match="expert_shards=2"):
+        _expert_shards(parse_args({"model": "m", "expert_shards": 2}), dense)

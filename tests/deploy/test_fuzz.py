@@ -1,0 +1,57 @@
+"""No body, however odd, is answered with a 500, and every refusal is in OpenAI's shape."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from deploy.openai_schema import ChatRequest, CompletionRequest
+from deploy.unsupported import _REFUSED
+
+FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *_REFUSED})
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 300)
+    | st.floats(allow_nan=True)
+    | st.text(max_size=8)
+    | st.sampled_from(["user", "text", "\ud800", "a"])
+)
+values = st.recursive(
+    leaves,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+good: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "prompt": [5, 6]}
+bodies = st.builds(
+    lambda keep, odd: {**(good if keep else {}), **odd},
+    st.booleans(),
+    st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=4), values, max_size=4),
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(bodies, st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
+async def test_any_json(make_api: Any, body: dict[str, Any], path: str) -> None:
+    api = make_api(ids=[70] * 300)
+    transport = httpx.ASGITransport(api.app())
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        response = await client.post(path, content=json.dumps(body))
+    assert response.status_code in (200, 400, 404), response.text
+    if response.status_code != 200:
+        assert set(response.json()["error"]) == {"message", "type", "param", "code"}
+    assert all(stream.aborted for stream in api.client.streams)
