@@ -53,6 +53,7 @@ def _own_ray(num_cpus: float, log_level: str) -> Iterator[None]:
     # Short: Ray's socket paths below it must fit into 107 characters.
     folder = tempfile.mkdtemp(prefix="cv-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     watcher = _start_guardian(folder)
+    environment = dict(os.environ)
     try:
         _start_ray(folder, num_cpus, log_level)
         import ray
@@ -62,6 +63,8 @@ def _own_ray(num_cpus: float, log_level: str) -> Iterator[None]:
         finally:
             ray.shutdown()
     finally:
+        os.environ.clear()
+        os.environ.update(environment)
         # The guardian cleans up once its pipe is closed.
         assert watcher.stdin is not None
         watcher.stdin.close()

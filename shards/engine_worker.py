@@ -49,6 +49,7 @@ class EngineWorker(Worker):
         self._executor = executor
         self._epoch = 0
         self._refusals: list[Refusal] = []
+        self._load_changed = False
 
     def advance(self) -> None:
         """Drain what has arrived, apply results, keep the pipeline full, report."""
@@ -77,6 +78,7 @@ class EngineWorker(Worker):
                 abort = decode(Abort, frame.meta)
                 if abort.epoch == self._epoch:
                     self._core.abort(abort.seq_id)
+                    self._load_changed = True
             case FrameKind.RESULT:
                 assert isinstance(self._executor, PipelineExecutor)
                 self._executor.deliver(decode(StepResult, frame.meta))
@@ -102,8 +104,9 @@ class EngineWorker(Worker):
                 return
 
     def _send(self, tokens: tuple[Token, ...]) -> None:
-        if not tokens and not self._refusals:
+        if not tokens and not self._refusals and not self._load_changed:
             return
+        self._load_changed = False
         batch = TokenBatch(
             epoch=self._epoch,
             tokens=tokens,

@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import free_port, serving, wait_until
+from tests.e2e.conftest import free_port, serving
 
 pytestmark = pytest.mark.e2e
 
@@ -24,9 +24,9 @@ BODY: dict[str, Any] = {"model": MODEL, "messages": MESSAGES, "temperature": 0, 
 OPTIONS = {"model": MODEL, "stages": 2, "expert_shards": 2, "dtype": "float32"}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def ray_here() -> Iterator[None]:
-    """One private Ray for the handle tests of this module."""
+    """A private Ray for one test."""
     from deploy.local_ray import ray_session
 
     with ray_session(num_cpus=4):
@@ -121,12 +121,9 @@ def test_serve_run_gives_the_same_text_as_conclave_serve(tmp_path: Path) -> None
     lines += [f"      {key}: {value}" for key, value in OPTIONS.items()]
     config.write_text("\n".join(lines))
     command = (str(Path(sys.executable).with_name("serve")), "run", str(config))
-    with serving(tmp_path / "run.log", command=command):
-        url = f"http://127.0.0.1:{port}/v1/chat/completions"
-        assert (
-            httpx.post(url, json=BODY, timeout=60).json()["choices"][0]["message"]["content"]
-            == text
-        )
+    with serving(tmp_path / "run.log", command=command, port=port) as server:
+        reply = httpx.post(f"{server.url}/v1/chat/completions", json=BODY, timeout=60)
+    assert reply.json()["choices"][0]["message"]["content"] == text
 
 
 def test_a_bad_option_of_serve_run_fails_before_anything_is_read() -> None:
@@ -144,7 +141,3 @@ def test_usage_errors_exit_with_2_in_one_sentence() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "stages=99" in done.stderr
-
-
-def test_wait_until_gives_up() -> None:
-    assert not wait_until(lambda: False, 0.2)
