@@ -30,6 +30,7 @@ class StageWorker(Worker):
         super().__init__(spec, transport)
         self._backlog: deque[Frame] = deque()
         self._epoch = 0
+        self._newest_epoch = 0
         self._lost_epoch = 0
         self._shape = shape
         self._links = ExpertLinks(transport)
@@ -57,6 +58,7 @@ class StageWorker(Worker):
         match frame.header.kind:
             case FrameKind.STEP:
                 self._backlog.append(frame)
+                self._newest_epoch = max(self._newest_epoch, frame.header.epoch)
             case FrameKind.MOE_RESULT:
                 self._actor.on_result(frame)
             case FrameKind.EXPERT_RESULT:
@@ -82,20 +84,23 @@ class StageWorker(Worker):
 
     def _advance_step(self) -> None:
         """One turn of the data loop in the middle of a step."""
-        if self.stopping or self._lost_epoch >= self._epoch:
+        # A plan of a newer epoch means that nobody waits for this step, and that the dispatcher
+        # may already have forgotten its exchange.
+        over = self._newest_epoch > self._epoch
+        if self.stopping or over or self._lost_epoch >= self._epoch:
             raise StepLost(f"{self.spec.peer}: step of epoch {self._epoch} cannot finish")
         self.handle(self.transport.recv(None))
 
     def _run_step(self, frame: Frame) -> None:
         epoch = frame.header.epoch
+        if epoch < self._newest_epoch or epoch <= self._lost_epoch:
+            return
         assert self.runner is not None
         if epoch > self._epoch:
             self._epoch = epoch
             self.runner.reset()
             self._actor.forget()
             self._links.dispatcher.drop_before(epoch)
-        if epoch < self._epoch or epoch <= self._lost_epoch:
-            return
         try:
             plan = decode(StepPlan, frame.meta)
             self._pass_on(frame, self.runner.execute(plan, self._hidden(frame)))

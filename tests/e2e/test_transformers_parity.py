@@ -78,7 +78,7 @@ async def test_served_over_http_without_a_tokenizer(
     folder = write_tiny(family, tmp_path / "tiny")
     with serving(log, str(folder), "--dtype", "float32", *options) as server:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
-            replies = await asyncio.gather(*(_complete(client, p) for p in prompts()))
+            replies = await asyncio.gather(*(complete(client, p) for p in prompts()))
             text = await client.post("/v1/completions", json={"prompt": "hello"})
     assert text.status_code == 400
     assert text.json()["error"]["code"] == "tokenizer_missing"
@@ -88,7 +88,8 @@ async def test_served_over_http_without_a_tokenizer(
         check_against_transformers(folder, prompt, choice["token_ids"], logprobs)
 
 
-async def _complete(client: httpx.AsyncClient, prompt: tuple[int, ...]) -> dict[str, Any]:
+async def complete(client: httpx.AsyncClient, prompt: tuple[int, ...]) -> dict[str, Any]:
+    """The one choice of a greedy completion with token ids and logprobs."""
     body = {
         "model": "tiny",
         "prompt": list(prompt),
