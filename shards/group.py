@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Protocol
 
 from router.codec import decode, encode
@@ -19,6 +19,7 @@ from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
 from shards.control import Started, WorkerEvent
 from shards.journal import Journal, JournalEntry
 from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.stream import GroupStream, put_all
 from shards.supervisor import (
     Action,
     BeginEpoch,
@@ -60,38 +61,6 @@ class Launcher(Protocol):
         """Kill what is left of the workers and wait for it."""
 
 
-class GroupStream:
-    """Tokens of one sequence, delivered on the event loop that asked for them."""
-
-    def __init__(self, abort: Callable[[], None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
-        self._abort = abort
-        self._ended = False
-
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The loop that `put` must be called on."""
-        return self._loop
-
-    def put(self, item: Token | Exception) -> None:
-        """Hand over a token, or the error that ends the stream."""
-        self._queue.put_nowait(item)
-
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        while not self._ended:
-            item = await self._queue.get()
-            if isinstance(item, Exception):
-                self._ended = True
-                raise item
-            self._ended = item.finish is not None
-            yield item
-
-    def abort(self) -> None:
-        """Stop generating; harmless after the end. Thread-safe."""
-        self._abort()
-
-
 class ModelGroup:
     """Implements ModelClient. One thread owns transport, journal and supervisor."""
 
@@ -108,6 +77,8 @@ class ModelGroup:
         self._supervisor = Supervisor(spec, placement)
         self._journal = Journal()
         self._calls: deque[Callable[[], None]] = deque()
+        self._calls_lock = threading.Lock()
+        self._ended = False
         self._seq_ids = itertools.count(1)
         self._load = EngineLoad()
         self._reason = ""
@@ -151,7 +122,7 @@ class ModelGroup:
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop. Raises GroupFailed."""
         if self.state in (GroupState.FAILED, GroupState.STOPPED):
-            raise GroupFailed(self._reason or "the model instance has stopped")
+            raise self._failure()
         seq_id = next(self._seq_ids)
         stream = GroupStream(lambda: self._post(lambda: self._drop(seq_id)))
 
@@ -184,8 +155,17 @@ class ModelGroup:
         self._post(lambda: self._on_died(spec, reason, fatal))
 
     def _post(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
-        self._transport.wake()
+        """Have the group's thread make a call; once it has ended, make it here and now."""
+        with self._calls_lock:
+            if not self._ended:
+                self._calls.append(call)
+                self._transport.wake()
+                return
+        call()
+        self._journal.fail(self._failure())
+
+    def _failure(self) -> GroupFailed:
+        return GroupFailed(self._reason or "the model instance has stopped")
 
     def _run(self) -> None:
         try:
@@ -199,7 +179,11 @@ class ModelGroup:
             log.exception("the group's thread failed")
             self._apply([GiveUp(f"internal error: {error!r}")])
         finally:
-            self._journal.fail(GroupFailed(self._reason or "the model instance has stopped"))
+            with self._calls_lock:
+                self._ended = True
+            while self._calls:
+                self._calls.popleft()()
+            self._journal.fail(self._failure())
             self._settled.set()
 
     def _handle(self, event: Received | Lost | None) -> None:
@@ -230,7 +214,7 @@ class ModelGroup:
         outbox, self._outbox = self._outbox, {}
         for loop, items in outbox.items():
             try:
-                loop.call_soon_threadsafe(_put_all, items)
+                loop.call_soon_threadsafe(put_all, items)
             except RuntimeError:
                 log.warning("an event loop closed with %d streams open", len(items))
 
@@ -284,8 +268,3 @@ class ModelGroup:
         abort = self._journal.drop(seq_id)
         if abort is not None:
             self._send(ENGINE, Frame(Header(kind=FrameKind.ABORT), encode(abort)))
-
-
-def _put_all(items: list[tuple[GroupStream, Token]]) -> None:
-    for stream, token in items:
-        stream.put(token)
