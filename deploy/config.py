@@ -110,6 +110,21 @@ def _refusal(key: str, value: object, allowed: tuple[object, ...], why: str = ""
     return f"{key}={text}{why}: allowed values are {shown}"
 
 
+# Pydantic's words for a wrong type or size, in ours.
+_ALLOWED = {
+    "int_parsing": "whole numbers",
+    "int_type": "whole numbers",
+    "int_from_float": "whole numbers",
+    "float_parsing": "numbers",
+    "float_type": "numbers",
+    "bool_parsing": "true, false",
+    "bool_type": "true, false",
+    "greater_than_equal": "{ge} or more",
+    "greater_than": "more than {gt}",
+    "less_than_equal": "{le} or less",
+}
+
+
 def _sentence(error: ErrorDetails) -> str:
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
@@ -120,5 +135,8 @@ def _sentence(error: ErrorDetails) -> str:
         return f"{key} is missing: allowed values are a checkpoint folder or a nano model's name"
     if error["type"] == "literal_error":
         return _refusal(key, error["input"], get_args(ServeArgs.model_fields[key].annotation))
+    if error["type"] in _ALLOWED:
+        allowed = _ALLOWED[error["type"]].format(**error.get("ctx", {}))
+        return f"{key}={error['input']}: allowed values are {allowed}"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"

@@ -24,7 +24,7 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"modle": "x"}, ["modle", "max_model_len"]),
         ({"model": None}, ["model"]),
         ({"stages": 0}, ["stages", "1"]),
-        ({"stages": "two"}, ["stages", "'two'"]),
+        ({"stages": "two"}, ["stages=two", "whole numbers"]),
         ({"stages": 9}, ["stages=9", "1..8"]),
         ({"expert_shards": 0, "executor": "pipeline"}, ["expert_shards=0", "1..16"]),
         ({"expert_shards": 17}, ["expert_shards=17", "1..16"]),
