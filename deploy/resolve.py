@@ -57,12 +57,15 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     if name is None:
         name = args.model if args.model in NANO_MODELS else folder.name
     # The models import torch, which takes seconds: only now that the cheap checks have passed.
+    from deploy.served_model import load_served_model
     from models.registry import load_config
     from shards.checkpoint import Checkpoint, verify
 
     try:
         config = load_config(folder)
         verify(config, Checkpoint(folder))
+        # Read here only to fail now: the ingress reads tokenizer and template again.
+        load_served_model(name, str(folder), config.vocab_size, config.max_position_embeddings)
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
     return ResolvedArgs(
@@ -193,16 +196,19 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
             f"kv_cache_memory={args.kv_cache_memory}: it holds {num_blocks * args.block_size} "
             f"tokens; allowed values hold one sequence of max_model_len={max_model_len}"
         )
-    return EngineLimits(
-        block_size=args.block_size,
-        num_blocks=num_blocks,
-        num_state_slots=slots,
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        max_model_len=max_model_len,
-        reprefill_length=config.reprefill_length,
-        max_in_flight=stages,
-    )
+    try:
+        return EngineLimits(
+            block_size=args.block_size,
+            num_blocks=num_blocks,
+            num_state_slots=slots,
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            reprefill_length=config.reprefill_length,
+            max_in_flight=stages,
+        )
+    except ValueError as error:
+        raise ConfigError(_one_sentence(error)) from error
 
 
 def itemsize(dtype: str) -> int:

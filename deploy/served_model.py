@@ -130,5 +130,8 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
-    value = json.loads(file.read_text(encoding="utf-8"))
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
     return value if isinstance(value, dict) else {}

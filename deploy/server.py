@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import sys
@@ -14,6 +15,11 @@ from deploy.local_ray import ray_session
 from deploy.resolve import num_cpus, resolve
 
 _EXIT_INTERRUPTED = 130
+
+
+def application_name(model_name: str) -> str:
+    """A model's name as Serve can hold it: its metrics take ASCII only."""
+    return re.sub(r"[^\x20-\x7e]", "_", model_name)
 
 
 class _Signals:
@@ -87,14 +93,14 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
 
             try:
                 serve.start(http_options={"host": host, "port": port})
-                serve.run(application(resolved), name=resolved.served_model_name)
+                serve.run(application(resolved), name=application_name(resolved.served_model_name))
             except Exception as error:
                 print(f"conclave: cannot serve: {error}", file=sys.stderr)
                 return 1
             signals.serving = True
             print(f"ready on http://{host}:{port}", flush=True)
             signals.wait()
-            _drain(resolved.served_model_name)
+            _drain(application_name(resolved.served_model_name))
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED
     return 0 if signals.received == signal.SIGTERM else _EXIT_INTERRUPTED

@@ -37,7 +37,7 @@ def load_config(path: Path) -> ModelConfig:
     file = path / "config.json" if path.is_dir() else path
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{file} is not JSON: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} must hold a JSON object")
@@ -46,7 +46,12 @@ def load_config(path: Path) -> ModelConfig:
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     """Parse config.json's object; ConfigError names what cannot be served."""
-    return _FAMILIES[_family(raw)](raw)
+    try:
+        return _FAMILIES[_family(raw)](raw)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"config.json holds a value of a wrong kind: {error}") from error
 
 
 def _family(raw: Mapping[str, Any]) -> str:

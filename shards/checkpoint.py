@@ -107,6 +107,8 @@ class Checkpoint:
             weight_map: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             files: dict[str, set[str]] = {}
             for name, file in weight_map.items():
+                if not isinstance(file, str):
+                    raise TypeError(f"{name}: {file!r} is no file name")
                 files.setdefault(file, set()).add(name)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error

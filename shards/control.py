@@ -20,8 +20,12 @@ class PeerAddress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Control:
-    """Applied in this order: dial `connect`, take `table`, begin `epoch`, answer `ack`, end."""
+    """Applied in this order: dial `connect`, take `table`, begin `epoch`, answer `ack`, end.
 
+    `coming_epoch` comes before all: steps of earlier epochs must not use the new connections.
+    """
+
+    coming_epoch: int = 0
     connect: tuple[PeerAddress, ...] = ()
     table: RoutingTable | None = None
     epoch: int | None = None

@@ -7,7 +7,7 @@ from collections import deque
 
 from router.codec import decode, encode
 from router.engine import EngineCore, Executor
-from router.step import Abort, Admit, Refusal, StepPlan, StepResult, Token, TokenBatch
+from router.step import Abort, Admit, EngineLoad, Refusal, StepPlan, StepResult, Token, TokenBatch
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.control import INGRESS, WorkerEvent
 from shards.spec import WorkerSpec
@@ -49,7 +49,7 @@ class EngineWorker(Worker):
         self._executor = executor
         self._epoch = 0
         self._refusals: list[Refusal] = []
-        self._load_changed = False
+        self._told = EngineLoad()
 
     def advance(self) -> None:
         """Drain what has arrived, apply results, keep the pipeline full, report."""
@@ -78,7 +78,6 @@ class EngineWorker(Worker):
                 abort = decode(Abort, frame.meta)
                 if abort.epoch == self._epoch:
                     self._core.abort(abort.seq_id)
-                    self._load_changed = True
             case FrameKind.RESULT:
                 assert isinstance(self._executor, PipelineExecutor)
                 self._executor.deliver(decode(StepResult, frame.meta))
@@ -104,14 +103,15 @@ class EngineWorker(Worker):
                 return
 
     def _send(self, tokens: tuple[Token, ...]) -> None:
-        if not tokens and not self._refusals and not self._load_changed:
+        load = self._core.load()
+        if not tokens and not self._refusals and load == self._told:
             return
-        self._load_changed = False
+        self._told = load
         batch = TokenBatch(
             epoch=self._epoch,
             tokens=tokens,
             refusals=tuple(self._refusals),
-            load=self._core.load(),
+            load=load,
         )
         self._refusals.clear()
         header = Header(kind=FrameKind.TOKENS, epoch=self._epoch)

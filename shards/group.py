@@ -197,7 +197,8 @@ class ModelGroup:
             case FrameKind.TOKENS:
                 batch = decode(TokenBatch, event.frame.meta)
                 self._load = batch.load
-                self._journal.accept(batch, SequenceRefused)
+                if self._journal.accept(batch, SequenceRefused):
+                    self._supervisor.on_progress()
                 self._flush()
             case FrameKind.EVENT:
                 message = decode(WorkerEvent, event.frame.meta)

@@ -75,8 +75,7 @@ class RayLauncher:
 
     def _create(self, spec: WorkerSpec) -> Any:
         options: dict[str, Any] = {
-            "name": f"{self._prefix}/{spec.peer}"
-            + (f".{spec.incarnation}" if spec.incarnation else ""),
+            "name": self._name(spec),
             "num_cpus": self._num_cpus,
             "max_restarts": 0,
             "max_task_retries": 0,
@@ -120,6 +119,8 @@ class RayLauncher:
         ended.add_done_callback(partial(self._on_ended, spec, events))
 
     def _on_ended(self, spec: WorkerSpec, events: WorkerEvents, future: Future[None]) -> None:
+        with self._lock:
+            self._actors.pop(spec, None)
         error = future.exception()
         events.died(spec, str(error) if error else "its data loop returned", False)
 

@@ -68,6 +68,10 @@ class StageWorker(Worker):
             case _:
                 super().on_frame(peer, frame)
 
+    def on_coming_epoch(self, epoch: int) -> None:
+        """Steps in hand or in the backlog of earlier epochs are stale from here on."""
+        self._newest_epoch = max(self._newest_epoch, epoch)
+
     def on_connected(self, peer: str) -> None:
         """A dispatcher that publishes tables is asked for the current one."""
         if peer == f"{Role.DISPATCHER}-0" and self.spec.group.dispatch == "direct":
@@ -84,12 +88,18 @@ class StageWorker(Worker):
 
     def _advance_step(self) -> None:
         """One turn of the data loop in the middle of a step."""
-        # A plan of a newer epoch means that nobody waits for this step, and that the dispatcher
-        # may already have forgotten its exchange.
+        self._check_step()
+        self.handle(self.transport.recv(None))
+
+    def _check_step(self) -> None:
+        """Raise StepLost when nobody waits for the step in hand any more.
+
+        Once a newer epoch is known the dispatcher may have forgotten this step's exchange, and
+        the next stage may be a successor that knows none of its sequences.
+        """
         over = self._newest_epoch > self._epoch
         if self.stopping or over or self._lost_epoch >= self._epoch:
             raise StepLost(f"{self.spec.peer}: step of epoch {self._epoch} cannot finish")
-        self.handle(self.transport.recv(None))
 
     def _run_step(self, frame: Frame) -> None:
         epoch = frame.header.epoch
@@ -103,7 +113,9 @@ class StageWorker(Worker):
             self._links.dispatcher.drop_before(epoch)
         try:
             plan = decode(StepPlan, frame.meta)
-            self._pass_on(frame, self.runner.execute(plan, self._hidden(frame)))
+            output = self.runner.execute(plan, self._hidden(frame))
+            self._check_step()
+            self._pass_on(frame, output)
         except (StepLost, PeerLost) as error:
             log.warning("%s: a step of epoch %d is lost: %s", self.spec.peer, epoch, error)
             self._lost_epoch = epoch

@@ -97,7 +97,7 @@ class Supervisor:
         self._spec = spec
         self._placement = placement
         self._members = {s.peer: _Member(s) for s in worker_specs(spec)}
-        self._deaths: deque[float] = deque()
+        self._deaths: dict[str, deque[float]] = {}
         self._epoch = 0
         self._epoch_open = False
         self._round = 0
@@ -140,8 +140,7 @@ class Supervisor:
         """A step was dropped on a broken connection: end the epoch even if nobody died."""
         if not self._epoch_open or epoch != self._epoch:
             return []
-        self._count_failure(now)
-        if len(self._deaths) > MAX_DEATHS:
+        if self._fails_too_often("steps", now):
             self.state = GroupState.FAILED
             return [GiveUp("steps keep being lost although every worker is alive")]
         actions = self._end_epoch() + self._connect_everyone()
@@ -155,8 +154,7 @@ class Supervisor:
         member = self._members[spec.peer]
         if self.state in (GroupState.FAILED, GroupState.STOPPED) or member.spec != spec:
             return []
-        self._count_failure(now)
-        if fatal or len(self._deaths) > MAX_DEATHS:
+        if self._fails_too_often(spec.peer, now) or fatal:
             self.state = GroupState.FAILED
             return [GiveUp(f"{spec.peer}: {reason}")]
         member.spec = replace(spec, incarnation=spec.incarnation + 1)
@@ -194,10 +192,17 @@ class Supervisor:
             if m.started is not None and (not roles or m.spec.role in roles)
         ]
 
-    def _count_failure(self, now: float) -> None:
-        self._deaths.append(now)
-        while now - self._deaths[0] > DEATH_WINDOW_S:
-            self._deaths.popleft()
+    def on_progress(self) -> None:
+        """Tokens were accepted: whatever died before has healed, and is held against nobody."""
+        self._deaths.clear()
+
+    def _fails_too_often(self, peer: str, now: float) -> bool:
+        """Count a failure; true when one worker keeps dying and no token came in between."""
+        deaths = self._deaths.setdefault(peer, deque())
+        deaths.append(now)
+        while now - deaths[0] > DEATH_WINDOW_S:
+            deaths.popleft()
+        return len(deaths) > MAX_DEATHS
 
     def _end_epoch(self) -> list[Action]:
         self._awaiting.clear()
@@ -218,7 +223,11 @@ class Supervisor:
         return self._publish() + [
             Tell(
                 peer,
-                Control(connect=tuple(self._targets(self._members[peer].spec)), ack=self._round),
+                Control(
+                    coming_epoch=self._epoch + 1,
+                    connect=tuple(self._targets(self._members[peer].spec)),
+                    ack=self._round,
+                ),
             )
             for peer in dialers
         ]

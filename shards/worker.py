@@ -70,6 +70,7 @@ class Worker:
                 return
 
     def _on_control(self, control: Control) -> None:
+        self.on_coming_epoch(control.coming_epoch)
         for target in control.connect:
             try:
                 self.transport.connect(target.peer, target.address)
@@ -100,6 +101,9 @@ class Worker:
 
     def on_lost(self, peer: str) -> None:
         """A peer's connection ended; by default its respawn is all that matters."""
+
+    def on_coming_epoch(self, epoch: int) -> None:
+        """Epochs before this one are over; 0 says nothing."""
 
     def on_connected(self, peer: str) -> None:
         """A peer has just been dialled."""

@@ -12,6 +12,8 @@ from torch import Tensor
 
 _ROW_TILES = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16}
 
+_MIN_OUTPUTS = 4
+
 
 def row_tile(dtype: torch.dtype) -> int:
     """Rows of every matrix product in `dtype`; KeyError for a dtype that cannot be served."""
@@ -34,6 +36,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x·weightᵀ + bias, tile by tile: [R, D] x [N, D] → [R, N], R a multiple of the row tile."""
     tile, rows = row_tile(x.dtype), x.shape[0]
     assert rows % tile == 0, f"{rows} rows are no multiple of the tile of {tile}"
+    if weight.shape[0] < _MIN_OUTPUTS:
+        # With fewer columns BLAS takes a path whose sums depend on the row's place in the tile.
+        outputs = weight.shape[0]
+        missing = _MIN_OUTPUTS - outputs
+        wide = F.pad(weight, (0, 0, 0, missing))
+        return linear(x, wide, None if bias is None else F.pad(bias, (0, missing)))[:, :outputs]
     x = x.contiguous()
     if rows <= tile:
         return F.linear(x, weight, bias)

@@ -74,3 +74,17 @@ async def test_two_at_once() -> None:
         kill_worker(group, "expert", 1)
         assert await asyncio.wait_for(asked, 60) == expected
         await healed(group)
+
+
+async def test_the_engine_dies_while_a_stage_waits_for_an_expert() -> None:
+    with running_group("nano-jamba", processes=True, stages=2, expert_shards=2) as group:
+        expected = await ask_all(group, PROMPTS, GREEDY)
+        for _ in range(2):
+            asked = asyncio.create_task(ask_all(group, PROMPTS, GREEDY))
+            await _first_tokens(group, 5)
+            kill_worker(group, "expert", 1)
+            # Long enough for a stage to be stopped at the missing expert.
+            await asyncio.sleep(0.1)
+            kill_worker(group, "engine", 0)
+            assert await asyncio.wait_for(asked, 60) == expected
+            await healed(group)

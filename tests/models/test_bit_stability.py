@@ -46,7 +46,7 @@ def misaligned(x: Tensor) -> Tensor:
     dtypes,
     st.sampled_from([1, 2, 3, 7, 64]),
     st.sampled_from([1, 3, 16, 33, 48, 64, 97, 100, 256, 300, 512]),
-    st.sampled_from([1, 4, 16, 33, 48, 64, 97, 131, 256, 513]),
+    st.sampled_from([1, 2, 3, 4, 16, 33, 48, 64, 97, 131, 256, 513]),
     seeds,
 )
 def test_linear(dtype: torch.dtype, tiles: int, width: int, out: int, seed: int) -> None:

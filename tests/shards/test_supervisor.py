@@ -199,6 +199,16 @@ def test_fatal_and_repeated_deaths_give_up() -> None:
     assert world.supervisor.state is GroupState.FAILED
 
 
+def test_deaths_with_progress_in_between_are_always_healed() -> None:
+    world = World(group_spec(experts=2, replicas=2))
+    for turn in range(4 * MAX_DEATHS):
+        world.settle()
+        world.supervisor.on_progress()
+        world.die(("stage-0", "expert-1", "engine-0")[turn % 3], 1.0)
+    world.settle()
+    assert world.supervisor.state is GroupState.READY
+
+
 def test_a_lost_step_without_a_death_begins_a_new_epoch() -> None:
     world = World(group_spec())
     world.settle()
