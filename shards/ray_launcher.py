@@ -119,8 +119,7 @@ class RayLauncher:
         ended.add_done_callback(partial(self._on_ended, spec, events))
 
     def _on_ended(self, spec: WorkerSpec, events: WorkerEvents, future: Future[None]) -> None:
-        with self._lock:
-            self._actors.pop(spec, None)
+        # On Ray's own thread, which actor creation waits for: taking the lock here would deadlock.
         error = future.exception()
         events.died(spec, str(error) if error else "its data loop returned", False)
 
