@@ -86,11 +86,15 @@ class RayLauncher:
                 placement_group_bundle_index=bundle_index(spec),
                 placement_group_capture_child_tasks=True,
             )
+        actor = ray.remote(_SHELLS[spec.role]).options(**options).remote(spec)
+        # Never held across a call into Ray: its own threads take this lock too.
         with self._lock:
-            if self._closing:
-                raise RuntimeError("the group is stopping")
-            actor = ray.remote(_SHELLS[spec.role]).options(**options).remote(spec)
-            self._actors[spec] = actor
+            closing = self._closing
+            if not closing:
+                self._actors[spec] = actor
+        if closing:
+            _kill(actor)
+            raise RuntimeError("the group is stopping")
         return actor
 
     def _name(self, spec: WorkerSpec) -> str:
@@ -119,7 +123,8 @@ class RayLauncher:
         ended.add_done_callback(partial(self._on_ended, spec, events))
 
     def _on_ended(self, spec: WorkerSpec, events: WorkerEvents, future: Future[None]) -> None:
-        # On Ray's own thread, which actor creation waits for: taking the lock here would deadlock.
+        with self._lock:
+            self._actors.pop(spec, None)
         error = future.exception()
         events.died(spec, str(error) if error else "its data loop returned", False)
 
