@@ -59,7 +59,8 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     # The models import torch, which takes seconds: only now that the cheap checks have passed.
     from deploy.served_model import load_served_model
     from models.registry import load_config
-    from shards.checkpoint import Checkpoint, verify
+    from shards.checkpoint import Checkpoint
+    from shards.verify import verify
 
     try:
         config = load_config(folder)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import product
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from models.interface import ExpertWeights, ModelConfig, StageModel, TensorSlice, TensorSource
-from shards.expert_bank import ExpertBank
+from models.interface import TensorSlice, TensorSource
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -150,80 +148,3 @@ def _fits(shape: tuple[int, ...], extent: tuple[int, ...], source: TensorSource)
         have >= need if dim in sliced else have == need
         for dim, (have, need) in enumerate(zip(shape, extent, strict=True))
     )
-
-
-def verify(config: ModelConfig, checkpoint: Checkpoint) -> None:
-    """Every tensor of the model is there, in its shape and a known dtype, and no other is.
-
-    Raises one CheckpointError that names each missing, wrongly shaped and unexpected tensor.
-    """
-    problems: list[str] = []
-    extents: dict[str, tuple[int, ...]] = {}
-    for wanted in _all_slices(config):
-        try:
-            source = checkpoint.find(wanted)
-        except CheckpointError:
-            problems.append("missing tensor " + " or ".join(s.name for s in wanted.sources))
-            continue
-        extent = extent_on_disk(wanted, source)
-        known = extents.get(source.name, extent)
-        extents[source.name] = tuple(map(max, known, extent))
-    for name, extent in extents.items():
-        if checkpoint.shape(name) != extent:
-            problems.append(
-                f"tensor {name} has shape {list(checkpoint.shape(name))}, not {list(extent)}"
-            )
-        try:
-            checkpoint.dtype(name)
-        except CheckpointError as error:
-            problems.append(str(error))
-    unexpected = checkpoint.names - extents.keys()
-    unexpected -= config.ignored_tensors(unexpected)
-    problems += [f"unexpected tensor {name}" for name in sorted(unexpected)]
-    if problems:
-        raise CheckpointError("\n  ".join([f"{checkpoint.path}:", *dict.fromkeys(problems)]))
-
-
-def _all_slices(config: ModelConfig) -> Iterator[TensorSlice]:
-    with torch.device("meta"):  # only the names are wanted, no memory
-        yield from config.build_stage(0, config.num_layers, torch.float32).tensors().values()
-    for layer_idx, expert in _moe_pairs(config, range(config.num_experts)):
-        yield from config.expert_tensors(layer_idx, expert).values()
-
-
-def _moe_pairs(config: ModelConfig, experts: Iterable[int]) -> list[tuple[int, int]]:
-    layers = [i for i in range(config.num_layers) if config.is_moe_layer(i)]
-    return list(product(layers, experts))
-
-
-def load_stage(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    first: int,
-    last: int,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> StageModel:
-    """Layers first..last-1 with their weights; reads no routed expert. Raises CheckpointError."""
-    stage = config.build_stage(first, last, dtype)
-    slices = stage.tensors().items()
-    stage.load({name: checkpoint.read(wanted, dtype, device) for name, wanted in slices})
-    return stage
-
-
-def load_experts(
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    experts: Iterable[int],
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-) -> ExpertBank:
-    """The given logical experts of every MoE layer, nothing else. Raises CheckpointError."""
-
-    def load(layer_idx: int, expert: int) -> ExpertWeights:
-        slices = config.expert_tensors(layer_idx, expert)
-        return ExpertWeights(
-            **{name: checkpoint.read(wanted, dtype, device) for name, wanted in slices.items()}
-        )
-
-    return ExpertBank(config, {pair: load(*pair) for pair in _moe_pairs(config, experts)})

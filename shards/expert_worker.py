@@ -36,7 +36,8 @@ def make_expert_worker(spec: WorkerSpec, transport: Transport) -> ExpertWorker:
 
     from models.registry import load_config
     from router.placement import place_experts
-    from shards.checkpoint import Checkpoint, load_experts
+    from shards.checkpoint import Checkpoint
+    from shards.loading import load_experts
     from shards.threads import dtype_of, use_threads
 
     group = spec.group

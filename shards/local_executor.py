@@ -11,12 +11,14 @@ from models.interface import ModelConfig
 from models.registry import load_config
 from router.engine import EngineLimits
 from router.step import StepPlan, StepResult
-from shards.checkpoint import Checkpoint, load_experts, load_stage, verify
+from shards.checkpoint import Checkpoint
 from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
+from shards.loading import load_experts, load_stage
 from shards.model_runner import ModelRunner
 from shards.spec import GroupSpec
 from shards.threads import dtype_of, use_threads
+from shards.verify import verify
 
 
 class LocalExecutor:

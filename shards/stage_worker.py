@@ -143,8 +143,9 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport) -> StageWorker:
     from pathlib import Path
 
     from models.registry import load_config
-    from shards.checkpoint import Checkpoint, load_stage
+    from shards.checkpoint import Checkpoint
     from shards.kv_cache import allocate_caches
+    from shards.loading import load_stage
     from shards.threads import dtype_of, use_threads
 
     group = spec.group

@@ -12,9 +12,10 @@ from torch import Tensor
 from models.registry import load_config
 from router.engine import EngineCore, EngineLimits, Executor
 from router.step import Admit, SamplingParams, StepPlan, StepResult, Token
-from shards.checkpoint import Checkpoint, load_experts, load_stage
+from shards.checkpoint import Checkpoint
 from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
+from shards.loading import load_experts, load_stage
 from shards.local_executor import LocalExecutor
 from shards.model_runner import ModelRunner
 

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from models.interface import TensorSlice, TensorSource
 from models.registry import load_config
-from shards.checkpoint import Checkpoint, CheckpointError, load_experts, load_stage, verify
+from shards.checkpoint import Checkpoint, CheckpointError
+from shards.loading import load_experts, load_stage
+from shards.verify import verify
 from tests.tiny import FAMILIES, write_tiny
 
 
