@@ -19,6 +19,7 @@ from models.config_fields import Fields, attention_heads, head_width
 from models.interface import (
     BatchMeta,
     CacheShape,
+    Classifier,
     ExpertWeights,
     KVCache,
     LayerCache,
@@ -108,6 +109,25 @@ class DbrxConfig:
     def reprefill_length(self) -> int | None:
         """DBRX has no LongRoPE."""
         return None
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Next-token logits."""
+        return frozenset({"lm"})
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """No classification head."""
+        return None
+
+    @property
+    def aux_loss_coef(self) -> float:
+        """Weight of the load-balancing loss."""
+        return self.moe_loss_weight
+
+    def with_tensors(self, names: frozenset[str]) -> DbrxConfig:
+        """The same model."""
+        return self
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Every DBRX layer is."""

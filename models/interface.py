@@ -151,17 +151,33 @@ class StageModel(Protocol):
     def embed(self, token_ids: Tensor) -> Tensor:
         """First stage: [R] int64 → [R, D]."""
 
-    def head(self, x: Tensor) -> Tensor:
-        """Last stage: final norm and lm_head over [R', D] rows → [R', V] in model dtype.
+    def norm(self, x: Tensor) -> Tensor:
+        """Last stage: the final norm, [R', D] → [R', D]; R' is any multiple of the row tile."""
 
-        R' is any multiple of the row tile.
-        """
+    def logits(self, normed: Tensor) -> Tensor:
+        """Last stage, `lm` head: [R', D] normed rows → [R', V] in model dtype."""
+
+    def scores(self, normed: Tensor) -> Tensor:
+        """Last stage, `score` head: [R', D] normed rows → [R', num_labels] in model dtype."""
 
     def tensors(self) -> dict[str, TensorSlice]:
         """Every parameter this stage owns, by its own name, and where it is read from."""
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`, already in the model dtype."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Classifier:
+    """A sequence-classification head as Transformers' config.json describes it."""
+
+    labels: tuple[str, ...]
+    """Label names by id (`id2label`)."""
+    problem_type: str | None
+    """regression, single_label_classification, multi_label_classification, or None: decided by
+    the labels that a loss is asked for."""
+    pad_token_id: int | None
+    """Pooling reads the rightmost token with another id; None: the last token."""
 
 
 class ModelConfig(Protocol):
@@ -192,6 +208,21 @@ class ModelConfig(Protocol):
     @property
     def dtype_name(self) -> str:
         """Dtype the checkpoint declares: float32, bfloat16 or float16."""
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """What the model ends in: `lm` (next-token logits), `score` (classification) or both."""
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """The classification head; None without one."""
+
+    @property
+    def aux_loss_coef(self) -> float:
+        """Weight of the load-balancing loss in the total loss."""
+
+    def with_tensors(self, names: frozenset[str]) -> ModelConfig:
+        """The same model with every head that a checkpoint of these tensors holds."""
 
     def is_moe_layer(self, layer_idx: int) -> bool: ...
     def cache_shape(self, layer_idx: int) -> CacheShape: ...

@@ -18,6 +18,7 @@ from models.config_fields import Fields, attention_heads, head_width
 from models.interface import (
     BatchMeta,
     CacheShape,
+    Classifier,
     ExpertWeights,
     KVCache,
     LayerCache,
@@ -124,6 +125,25 @@ class JambaConfig:
     def reprefill_length(self) -> int | None:
         """Jamba has no positional encoding."""
         return None
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Next-token logits."""
+        return frozenset({"lm"})
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """No classification head."""
+        return None
+
+    @property
+    def aux_loss_coef(self) -> float:
+        """Weight of the load-balancing loss."""
+        return self.router_aux_loss_coef
+
+    def with_tensors(self, names: frozenset[str]) -> JambaConfig:
+        """The same model."""
+        return self
 
     def is_attention_layer(self, layer_idx: int) -> bool:
         """Attention layers; all others are Mamba."""

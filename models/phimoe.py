@@ -18,6 +18,7 @@ from models.config_fields import Fields, attention_heads, head_width
 from models.interface import (
     BatchMeta,
     CacheShape,
+    Classifier,
     ExpertWeights,
     KVCache,
     LayerCache,
@@ -122,6 +123,25 @@ class PhimoeConfig:
         if self.long_rope is None:
             return None
         return self.long_rope.original_max_position_embeddings
+
+    @property
+    def heads(self) -> frozenset[str]:
+        """Next-token logits."""
+        return frozenset({"lm"})
+
+    @property
+    def classifier(self) -> Classifier | None:
+        """No classification head."""
+        return None
+
+    @property
+    def aux_loss_coef(self) -> float:
+        """Weight of the load-balancing loss."""
+        return self.router_aux_loss_coef
+
+    def with_tensors(self, names: frozenset[str]) -> PhimoeConfig:
+        """The same model."""
+        return self
 
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Every PhiMoE layer is."""

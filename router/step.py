@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+NO_TOKEN = -2
+"""Token id of the one row that ends a sequence of `max_tokens` 0, once its prompt is computed."""
+
 LAST_SAMPLED = -1
 """Placeholder token id: what this sequence's previous step sampled, known to the last stage."""
 
@@ -42,13 +45,25 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Want:
-    """Which tensors a sequence's steps return beside its tokens."""
+    """Which arrays a sequence's steps return beside its tokens, one row per position.
+
+    All but `prompt_logprobs` need `max_tokens` 0: a sequence that is computed and not continued.
+    """
 
     logits: bool = False
+    """`logits` [n, V]: of `logits_positions`, or of every position where that is empty."""
+    logits_positions: tuple[int, ...] = ()
+    """Rising positions."""
     hidden_states: bool = False
+    """`hidden_states.{i}` [n, D], i in 0..num_layers: what enters layer i; the last is normed."""
     router_logits: bool = False
-    pooled: bool = False
+    """`router_logits.{layer}` [n, E] of every MoE layer."""
+    score_position: int | None = None
+    """`score` [1, num_labels]: the classification head at this position."""
     prompt_logprobs: int | None = None
+    """Rows of positions 1 and up, for k alternatives: `prompt_logprobs` [n, 1 + k] float32 and
+    `prompt_top_ids` [n, 1 + k] int64, the prompt's own token first, and `prompt_ranks` [n] int64
+    of that token, from 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +122,28 @@ class EngineLoad:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WantedRows:
+    """Some rows of one array that `Want` names, from row `start` of the whole array.
+
+    `data` holds them C-contiguous; `dtype` is float32 or int64. Rows that come again (after a
+    preemption or in a new epoch) have the same bits.
+    """
+
+    seq_id: int
+    name: str
+    start: int
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Engine to ingress, once per step: the journal's rows."""
 
     epoch: int
     tokens: tuple[Token, ...] = ()
+    wanted: tuple[WantedRows, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     load: EngineLoad = EngineLoad()
 
@@ -194,20 +226,10 @@ class Sampled:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class WantedTensor:
-    """Describes one frame buffer that travels with a StepResult."""
-
-    seq_id: int
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """Last stage to engine: the tokens of one step, in the plan's order."""
 
     epoch: int
     step_id: int
     sampled: tuple[Sampled, ...] = ()
-    tensors: tuple[WantedTensor, ...] = ()
+    wanted: tuple[WantedRows, ...] = ()

@@ -209,7 +209,7 @@ class ModelRunner:
                     )
         if not rows:
             return StepResult(epoch=plan.epoch, step_id=plan.step_id)
-        logits = self._stage.head(pad_rows(torch.stack(rows)))
+        logits = self._stage.logits(self._stage.norm(pad_rows(torch.stack(rows))))
         sampled = sample(logits[: len(rows)], requests)
         for choice in sampled:
             sequence = self._sequences[choice.seq_id]

@@ -27,8 +27,9 @@ class LoadableLayer(DecoderLayer, Protocol):
 class Stage:
     """The layers of one stage; implements `models.interface.StageModel`.
 
-    `embedding` is the token table (first stage), `head` the tensors of final norm and lm_head, of
-    which `lm_head` [V, D] and optionally `lm_head_bias` [V] close the model (last stage).
+    `embedding` is the token table (first stage), `head` the tensors of the last stage: those of the
+    final norm, `lm_head` [V, D] with an optional `lm_head_bias` [V], and `score` [num_labels, D]
+    with an optional `score_bias`.
     """
 
     def __init__(
@@ -57,10 +58,17 @@ class Stage:
         assert self._embedding is not None, "this stage holds no loaded embedding"
         return F.embedding(token_ids, self._embedding)
 
-    def head(self, x: Tensor) -> Tensor:
-        """Last stage: [R', D] → [R', V]."""
-        normed = self._final_norm(x, self._head)
+    def norm(self, x: Tensor) -> Tensor:
+        """Last stage: final norm, [R', D] → [R', D]."""
+        return self._final_norm(x, self._head)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        """Last stage, `lm` head: [R', D] → [R', V]."""
         return linear(normed, self._head["lm_head"], self._head.get("lm_head_bias"))
+
+    def scores(self, normed: Tensor) -> Tensor:
+        """Last stage, `score` head: [R', D] → [R', num_labels]."""
+        return linear(normed, self._head["score"], self._head.get("score_bias"))
 
     def tensors(self) -> dict[str, TensorSlice]:
         """Every parameter of the stage by its own name."""

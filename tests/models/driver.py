@@ -136,7 +136,7 @@ class Served:
                 else:
                     outputs = layer.mlp(h)
                 x = layer.combine(residual, outputs)
-        logits = self.stages[-1].head(x)[: meta.num_tokens]
+        logits = self.stages[-1].logits(self.stages[-1].norm(x))[: meta.num_tokens]
         return list(logits.split([len(c.tokens) for c in chunks]))
 
     def _meta(self, chunks: Sequence[Chunk]) -> BatchMeta:
