@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Protocol
 
 from router.scheduler import EngineLimits, Scheduler
 from router.sequence import Sequence, SequenceStatus
-from router.step import Admit, EngineLoad, Refusal, Sampled, StepPlan, StepResult, Token, Want
+from router.step import (
+    NO_TOKEN,
+    NOTHING,
+    Admit,
+    EngineLoad,
+    FinishReason,
+    Refusal,
+    Sampled,
+    StepPlan,
+    StepResult,
+    Token,
+    Want,
+)
 
 __all__ = ["EngineCore", "EngineLimits", "Executor"]
 
@@ -87,7 +100,7 @@ class EngineCore:
         seq = Sequence.from_admit(
             admit, max_model_len=self.limits.max_model_len, arrival=self._num_admitted
         )
-        if seq.finish_reason is not None or seq.length >= seq.max_length:
+        if seq.finish_reason is not None or (seq.continues and seq.length >= seq.max_length):
             raise ValueError(
                 f"sequence {admit.seq_id} has already finished: {seq.num_emitted} tokens emitted, "
                 f"max_tokens={seq.sampling.max_tokens}"
@@ -147,6 +160,8 @@ class EngineCore:
                 self._remove(seq)
             elif sampled is not None:
                 tokens.append(self._emit(seq, sampled))
+            elif not seq.continues and not seq.num_pending:
+                tokens.append(self._close(seq))
         return tuple(tokens)
 
     def _emit(self, seq: Sequence, sampled: Sampled) -> Token:
@@ -166,6 +181,11 @@ class EngineCore:
             top_logprobs=sampled.top_logprobs,
             finish=finish,
         )
+
+    def _close(self, seq: Sequence) -> Token:
+        """The end of a sequence that was computed and is not continued."""
+        self._remove(seq)
+        return Token(seq_id=seq.seq_id, position=0, token_id=NO_TOKEN, finish=FinishReason.LENGTH)
 
     def _remove(self, seq: Sequence) -> None:
         del self._sequences[seq.seq_id]
@@ -203,26 +223,37 @@ class EngineCore:
 
 def refusal_reason(admit: Admit, limits: EngineLimits) -> str | None:
     """Why a sequence can never be served under `limits`; None when it can."""
-    for name in Want.__dataclass_fields__:
-        if getattr(admit.want, name) != getattr(Want(), name):
-            allowed = getattr(Want(), name)
-            return f"want.{name}={getattr(admit.want, name)} is not served: allowed {allowed}"
+    num_prompt, max_tokens = len(admit.prompt), admit.sampling.max_tokens
     if admit.grammar is not None:
         return "grammar is not served: allowed None"
-    num_prompt, max_tokens = len(admit.prompt), admit.sampling.max_tokens
-    if max_tokens < 1:
-        return f"max_tokens={max_tokens}: allowed 1 or more"
-    if not 1 <= num_prompt < limits.max_model_len:
+    if max_tokens < 0:
+        return f"max_tokens={max_tokens}: allowed 0 or more"
+    most = limits.max_model_len - (max_tokens > 0)
+    if not 1 <= num_prompt <= most:
         return (
-            f"the prompt has {num_prompt} tokens: allowed 1..{limits.max_model_len - 1} "
+            f"the prompt has {num_prompt} tokens: allowed 1..{most} "
             f"with max_model_len={limits.max_model_len}"
         )
     # The last sampled token is never computed, so it needs no place in the cache.
-    num_cached = min(num_prompt + max_tokens, limits.max_model_len) - 1
+    num_cached = min(num_prompt + max(0, max_tokens - 1), limits.max_model_len - (max_tokens > 0))
     capacity = limits.num_blocks * limits.block_size
     if num_cached > capacity:
         return (
             f"{num_prompt} prompt tokens and max_tokens={max_tokens} need room for {num_cached} "
             f"tokens in the KV cache, which holds {capacity}"
         )
+    return _unservable_want(admit.want, num_prompt, max_tokens)
+
+
+def _unservable_want(want: Want, num_prompt: int, max_tokens: int) -> str | None:
+    for name in ("logits", "hidden_states", "router_logits", "score_position"):
+        value = getattr(want, name)
+        if value is not getattr(NOTHING, name) and max_tokens > 0:
+            return f"want.{name}={value} with max_tokens={max_tokens}: allowed max_tokens 0"
+    positions = want.logits_positions
+    scored = () if want.score_position is None else (want.score_position,)
+    if any(not 0 <= p < num_prompt for p in (*positions, *scored)):
+        return f"a wanted position is outside the prompt: allowed 0..{num_prompt - 1}"
+    if any(a >= b for a, b in pairwise(positions)):
+        return "want.logits_positions: allowed are rising positions"
     return None

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from router.step import Admit, FinishReason, NewSequence, SamplingParams, ScheduledSequence
+from router.step import (
+    NOTHING,
+    Admit,
+    FinishReason,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    Want,
+)
 
 MAX_OVERTAKES = 16
 """How often later arrivals may go first, or take its place, before a sequence outranks them all."""
@@ -35,6 +43,7 @@ class Sequence:
     max_length: int
     priority: int
     arrival: int
+    want: Want = NOTHING
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -58,6 +67,7 @@ class Sequence:
             max_length=num_prompt + max_tokens,
             priority=admit.priority,
             arrival=arrival,
+            want=admit.want,
         )
 
     @property
@@ -74,6 +84,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Known tokens that are not in the cache; 1 for a sequence that decodes."""
         return len(self.tokens) - self.num_computed
+
+    @property
+    def continues(self) -> bool:
+        """Whether tokens are sampled at all; otherwise it ends when its prompt is computed."""
+        return self.sampling.max_tokens > 0
 
     @property
     def tier(self) -> tuple[bool, int]:
@@ -103,6 +118,7 @@ class Sequence:
             emitted=tuple(self.tokens[self.num_prompt :]),
             sampling=self.sampling,
             state_slot=self.slot,
+            want=self.want,
         )
 
     def next_chunk(self, num_tokens: int) -> ScheduledSequence:
@@ -117,5 +133,5 @@ class Sequence:
             token_ids=tuple(self.tokens[self.num_computed : end]),
             length=self.length,
             new_blocks=new_blocks,
-            samples=end == self.length,
+            samples=self.continues and end == self.length,
         )

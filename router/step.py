@@ -66,6 +66,10 @@ class Want:
     of that token, from 1."""
 
 
+NOTHING = Want()
+"""Tokens and nothing beside them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admit:
     """Ingress to engine: start a sequence, or resume it with what it has already emitted."""
@@ -76,7 +80,7 @@ class Admit:
     emitted: tuple[int, ...] = ()
     sampling: SamplingParams
     priority: int = 0
-    want: Want = Want()
+    want: Want = NOTHING
     grammar: str | None = None
 
 
@@ -138,6 +142,13 @@ class WantedRows:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WantedBatch:
+    """Wanted rows on their way: beside a plan, a result or a batch of tokens."""
+
+    rows: tuple[WantedRows, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TokenBatch:
     """Engine to ingress, once per step: the journal's rows."""
 
@@ -160,7 +171,7 @@ class NewSequence:
     emitted: tuple[int, ...]
     sampling: SamplingParams
     state_slot: int = -1
-    want: Want = Want()
+    want: Want = NOTHING
     grammar: str | None = None
 
 

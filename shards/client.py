@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from router.step import EngineLoad, SamplingParams, Token
+import numpy as np
+from numpy.typing import NDArray
+
+from router.step import NOTHING, EngineLoad, SamplingParams, Token, Want
 
 
 class GroupState(StrEnum):
@@ -48,6 +51,10 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[Token]:
         """Ends after the token whose `finish` is set. Raises SequenceRefused or GroupFailed."""
 
+    @property
+    def outputs(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that `want` named, by name; whole once the first token has come."""
+
     def abort(self) -> None:
         """Stop generating and free everything; harmless after the end. Thread-safe."""
 
@@ -65,9 +72,17 @@ class ModelClient(Protocol):
     def routing_table_version(self) -> int: ...
 
     def generate(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, *, priority: int = 0
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        want: Want = NOTHING,
     ) -> TokenStream:
-        """Start one sequence (journalled, so that it survives any worker's death)."""
+        """Start one sequence (journalled, so that it survives any worker's death).
+
+        With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed.
+        """
 
     def workers(self) -> tuple[WorkerStatus, ...]: ...
 

@@ -5,9 +5,19 @@ from __future__ import annotations
 import logging
 from collections import deque
 
-from router.codec import decode, encode
+from router.codec import decode, encode, frame_with_rows, read_with_rows
 from router.engine import EngineCore, Executor
-from router.step import Abort, Admit, EngineLoad, Refusal, StepPlan, StepResult, Token, TokenBatch
+from router.step import (
+    Abort,
+    Admit,
+    EngineLoad,
+    Refusal,
+    StepPlan,
+    StepResult,
+    Token,
+    TokenBatch,
+    WantedRows,
+)
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.control import INGRESS, WorkerEvent
 from shards.spec import WorkerSpec
@@ -59,11 +69,13 @@ class EngineWorker(Worker):
             self.handle(event)
             event = self.transport.recv(0.0)
         tokens: list[Token] = []
+        wanted: list[WantedRows] = []
         while (result := self._executor.poll(0.0)) is not None:
             if result.epoch == self._epoch:
                 tokens.extend(self._core.apply(result))
+                wanted.extend(result.wanted)
         self._fill_pipeline()
-        self._send(tuple(tokens))
+        self._send(tuple(tokens), tuple(wanted))
 
     def on_frame(self, peer: str, frame: Frame) -> None:
         """Journal messages from the ingress, results from the last stage."""
@@ -80,7 +92,7 @@ class EngineWorker(Worker):
                     self._core.abort(abort.seq_id)
             case FrameKind.RESULT:
                 assert isinstance(self._executor, PipelineExecutor)
-                self._executor.deliver(decode(StepResult, frame.meta))
+                self._executor.deliver(read_with_rows(StepResult, frame))
             case _:
                 super().on_frame(peer, frame)
 
@@ -102,21 +114,22 @@ class EngineWorker(Worker):
                 self.report(WorkerEvent(lost_epoch=self._epoch))
                 return
 
-    def _send(self, tokens: tuple[Token, ...]) -> None:
+    def _send(self, tokens: tuple[Token, ...], wanted: tuple[WantedRows, ...]) -> None:
         load = self._core.load()
-        if not tokens and not self._refusals and load == self._told:
+        if not (tokens or wanted or self._refusals) and load == self._told:
             return
         self._told = load
         batch = TokenBatch(
             epoch=self._epoch,
             tokens=tokens,
+            wanted=wanted,
             refusals=tuple(self._refusals),
             load=load,
         )
         self._refusals.clear()
         header = Header(kind=FrameKind.TOKENS, epoch=self._epoch)
         try:
-            self.transport.send(INGRESS, Frame(header, encode(batch)))
+            self.transport.send(INGRESS, frame_with_rows(header, batch))
         except PeerLost:
             self.stopping = True
 

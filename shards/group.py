@@ -11,15 +11,16 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from router.codec import decode, encode
+from router.codec import decode, encode, read_with_rows
 from router.placement import Placement
-from router.step import EngineLoad, SamplingParams, Token, TokenBatch
+from router.step import NOTHING, EngineLoad, SamplingParams, TokenBatch, Want
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
 from shards.control import Started, WorkerEvent
 from shards.journal import Journal, JournalEntry
+from shards.outputs import Outputs
 from shards.spec import GroupSpec, Role, WorkerSpec
-from shards.stream import GroupStream, put_all
+from shards.stream import GroupStream, Item, put_all
 from shards.supervisor import (
     Action,
     BeginEpoch,
@@ -84,7 +85,7 @@ class ModelGroup:
         self._reason = ""
         self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="conclave-group", daemon=True)
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[GroupStream, Token]]] = {}
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[GroupStream, Item]]] = {}
 
     def start(self, timeout: float | None = None) -> None:
         """Start every worker and wait until the group is ready. Raises GroupFailed."""
@@ -118,21 +119,27 @@ class ModelGroup:
         return self._supervisor.workers()
 
     def generate(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, *, priority: int = 0
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        want: Want = NOTHING,
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop. Raises GroupFailed."""
         if self.state in (GroupState.FAILED, GroupState.STOPPED):
             raise self._failure()
         seq_id = next(self._seq_ids)
-        stream = GroupStream(lambda: self._post(lambda: self._drop(seq_id)))
+        outputs = Outputs(want, len(prompt))
+        stream = GroupStream(lambda: self._post(lambda: self._drop(seq_id)), outputs)
 
-        def deliver(item: Token | Exception) -> None:
-            if isinstance(item, Token):
-                self._outbox.setdefault(stream.loop, []).append((stream, item))
-            else:
+        def deliver(item: Item | Exception) -> None:
+            if isinstance(item, Exception):
                 stream.loop.call_soon_threadsafe(stream.put, item)
+            else:
+                self._outbox.setdefault(stream.loop, []).append((stream, item))
 
-        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver)
+        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want)
         self._post(lambda: self._admit(entry))
         return stream
 
@@ -195,7 +202,7 @@ class ModelGroup:
             return
         match event.frame.header.kind:
             case FrameKind.TOKENS:
-                batch = decode(TokenBatch, event.frame.meta)
+                batch = read_with_rows(TokenBatch, event.frame)
                 self._load = batch.load
                 if self._journal.accept(batch, SequenceRefused):
                     self._supervisor.on_progress()

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from router.step import Abort, Admit, SamplingParams, Token, TokenBatch
+from router.step import NOTHING, Abort, Admit, SamplingParams, Token, TokenBatch, Want, WantedRows
 
-Deliver = Callable[[Token | Exception], None]
+Deliver = Callable[[Token | WantedRows | Exception], None]
 
 
 @dataclass(slots=True)
@@ -19,6 +19,7 @@ class JournalEntry:
     sampling: SamplingParams
     priority: int
     deliver: Deliver
+    want: Want = NOTHING
     emitted: list[int] = field(default_factory=list)
 
     def admit(self, epoch: int) -> Admit:
@@ -30,6 +31,7 @@ class JournalEntry:
             emitted=tuple(self.emitted),
             sampling=self.sampling,
             priority=self.priority,
+            want=self.want,
         )
 
 
@@ -67,11 +69,17 @@ class Journal:
     def accept(self, batch: TokenBatch, refused: Callable[[str], Exception]) -> int:
         """Deliver the rows of the current epoch in order; returns how many were accepted.
 
-        Rows of other epochs, of forgotten sequences and repeated positions are dropped.
+        Rows of other epochs, of forgotten sequences and repeated positions are dropped. Wanted
+        rows come before the tokens of their step; those that come again have the same bits.
         """
         if batch.epoch != self.epoch:
             return 0
         accepted = 0
+        for rows in batch.wanted:
+            entry = self._entries.get(rows.seq_id)
+            if entry is not None:
+                entry.deliver(rows)
+                accepted += 1
         for token in batch.tokens:
             entry = self._entries.get(token.seq_id)
             if entry is None or token.position != len(entry.emitted):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -72,9 +73,9 @@ class LocalExecutor:
         if plan.epoch != self._epoch:
             self._runner.reset()
             self._epoch = plan.epoch
-        result = self._runner.execute(plan)
-        assert isinstance(result, StepResult)
-        return result
+        done = self._runner.execute(plan)
+        assert isinstance(done.output, StepResult)
+        return replace(done.output, wanted=done.wanted)
 
 
 def load_local_executor(group: GroupSpec) -> LocalExecutor:

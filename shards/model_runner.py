@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -19,26 +20,47 @@ from models.interface import (
 from models.layers.rowwise import pad_rows, row_tile
 from router.step import (
     LAST_SAMPLED,
+    NOTHING,
     NewSequence,
     SamplingParams,
     ScheduledSequence,
     StepPlan,
     StepResult,
     Want,
+    WantedRows,
 )
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
 from shards.kv_cache import apply_state_ops
 from shards.micro_batches import pack, split_sequences
 from shards.sampler import SampleRequest, sample
+from shards.wanted import prompt_logprob_rows, rows_of, scored_offset, wanted_logits
 
 
 @dataclass(slots=True)
 class _Sequence:
+    prompt: tuple[int, ...]
     sampling: SamplingParams
+    want: Want
     state_slot: int
     num_emitted: int
     last_sampled: int | None
     blocks: list[int]
+
+    @property
+    def wanted(self) -> Want:
+        """Arrays describe the prompt: once a token was sampled, nothing of them is missing."""
+        return self.want if self.num_emitted == 0 else NOTHING
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutput:
+    """What a stage makes of a step: [T, D] for the next one, or the result on the last one.
+
+    `wanted` are the arrays of this stage's own layers.
+    """
+
+    output: Tensor | StepResult
+    wanted: tuple[WantedRows, ...] = ()
 
 
 @dataclass(slots=True)
@@ -85,19 +107,18 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._sequences: dict[int, _Sequence] = {}
+        self._wanted: list[WantedRows] = []
 
     def reset(self) -> None:
         """Forget every sequence (a new epoch); cache contents are stale but harmless."""
         self._sequences.clear()
 
     @torch.inference_mode()
-    def execute(self, plan: StepPlan, hidden: Tensor | None = None) -> Tensor | StepResult:
-        """Run one step. The first stage takes no `hidden`, the others [T, D] of the one before.
-
-        Returns [T, D] for the next stage, or the step's result on the last one.
-        """
+    def execute(self, plan: StepPlan, hidden: Tensor | None = None) -> StageOutput:
+        """Run one step. The first stage takes no `hidden`, the others [T, D] of the one before."""
         assert (hidden is None) == self._is_first, "hidden states go to every stage but the first"
         self._apply_deltas(plan)
+        self._wanted = []
         batches = self._micro_batches(plan, hidden)
         for layer, cache in zip(self._stage.layers, self._caches, strict=True):
             for index, batch in enumerate(batches):
@@ -105,7 +126,11 @@ class ModelRunner:
                 self._begin_layer(batch, layer, cache, ExchangeKey(plan.epoch, plan.step_id, index))
         for batch in batches:
             self._finish_layer(batch)
-        return self._sample(plan, batches) if self._is_last else self._real_rows(batches)
+        if not self._is_last:
+            return StageOutput(self._real_rows(batches), tuple(self._wanted))
+        for batch in batches:  # before sampling, which counts the emitted tokens on
+            self._keep_heads(batch)
+        return StageOutput(self._sample(plan, batches), tuple(self._wanted))
 
     def _apply_deltas(self, plan: StepPlan) -> None:
         for seq_id in plan.released:
@@ -168,6 +193,7 @@ class ModelRunner:
     def _begin_layer(
         self, batch: _MicroBatch, layer: DecoderLayer, cache: LayerCache, key: ExchangeKey
     ) -> None:
+        self._keep(batch, "hidden_states", layer.layer_idx, batch.x)
         residual, h = layer.mix(batch.x, batch.meta, cache)
         if not layer.is_moe:
             batch.x = layer.combine(residual, layer.mlp(h))
@@ -175,6 +201,7 @@ class ModelRunner:
         routing = layer.gate(h)
         real = slice(batch.meta.num_tokens)
         routing = Routing(routing.expert_ids[real], routing.weights[real], routing.logits[real])
+        self._keep(batch, "router_logits", layer.layer_idx, routing.logits)
         handle = self._backend.submit(key, layer.layer_idx, h[real], routing)
         batch.pending = (layer, residual, handle)
 
@@ -190,6 +217,50 @@ class ModelRunner:
         if not rows:
             return torch.empty((0, self._config.hidden_size), dtype=self._dtype)
         return torch.cat(rows)
+
+    def _keep(self, batch: _MicroBatch, name: str, index: int, values: Tensor) -> None:
+        """Keep the rows [R, ...] of sequences that want every row of the array `name`."""
+        for sequence, scheduled, rows in self._rows(batch):
+            if getattr(sequence.wanted, name):
+                label = f"{name}.{index}"
+                self._wanted.append(rows_of(scheduled.seq_id, label, scheduled.start, values[rows]))
+
+    def _rows(self, batch: _MicroBatch) -> Iterator[tuple[_Sequence, ScheduledSequence, slice]]:
+        for scheduled, (begin, end) in zip(
+            batch.scheduled, pairwise(batch.meta.query_starts), strict=True
+        ):
+            yield self._sequences[scheduled.seq_id], scheduled, slice(begin, end)
+
+    def _keep_heads(self, batch: _MicroBatch) -> None:
+        """Keep what the heads make of the rows of sequences that want it."""
+        if all(sequence.wanted == NOTHING for sequence, _, _ in self._rows(batch)):
+            return
+        normed = self._stage.norm(batch.x)
+        self._keep(batch, "hidden_states", self._config.num_layers, normed)
+        for sequence, scheduled, rows in self._rows(batch):
+            self._wanted += self._heads(sequence, scheduled, normed[rows])
+
+    def _heads(
+        self, sequence: _Sequence, scheduled: ScheduledSequence, normed: Tensor
+    ) -> Iterator[WantedRows]:
+        """Logits, scores and prompt log-probabilities of one sequence's rows [n, D]."""
+        want, seq_id = sequence.wanted, scheduled.seq_id
+        first, offsets = wanted_logits(want, scheduled)
+        if offsets:
+            logits = self._stage.logits(pad_rows(normed[offsets]))[: len(offsets)]
+            yield rows_of(seq_id, "logits", first, logits)
+        scored = scored_offset(want, scheduled)
+        if scored is not None:
+            scores = self._stage.scores(pad_rows(normed[scored : scored + 1]))[:1]
+            yield rows_of(seq_id, "score", 0, scores)
+        if want.prompt_logprobs is not None:
+            end = scheduled.start + scheduled.num_tokens
+            targets = sequence.prompt[scheduled.start + 1 : end + 1]
+            if targets:
+                logits = self._stage.logits(pad_rows(normed[: len(targets)]))[: len(targets)]
+                yield from prompt_logprob_rows(
+                    seq_id, scheduled.start, logits, targets, want.prompt_logprobs
+                )
 
     def _sample(self, plan: StepPlan, batches: Iterable[_MicroBatch]) -> StepResult:
         rows = []
@@ -219,11 +290,11 @@ class ModelRunner:
 
 
 def _admit(new: NewSequence) -> _Sequence:
-    if new.want != Want():
-        raise ValueError(f"sequence {new.seq_id}: {new.want} is not served; allowed: {Want()}")
     if new.grammar is not None:
         raise ValueError(f"sequence {new.seq_id}: grammar is not served; allowed: None")
     return _Sequence(
+        prompt=new.prompt,
+        want=new.want,
         sampling=new.sampling,
         state_slot=new.state_slot,
         num_emitted=len(new.emitted),

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from router.codec import decode, encode
+from router.codec import decode, frame_with_rows, read_rows_buffer, rows_buffer
 from router.placement import RoutingTable
 from router.step import StepPlan, StepResult
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from router.transport.tensors import tensor_buffer, torch_dtype, wire_dtype
 from shards.control import WorkerEvent
-from shards.model_runner import ModelRunner
+from shards.model_runner import ModelRunner, StageOutput
 from shards.moe_wire import MoeShape, read_rows
 from shards.remote_experts import ActorBackend, DirectBackend, ExpertLinks, StepLost
 from shards.spec import Role, WorkerSpec
@@ -113,9 +113,9 @@ class StageWorker(Worker):
             self._links.dispatcher.drop_before(epoch)
         try:
             plan = decode(StepPlan, frame.meta)
-            output = self.runner.execute(plan, self._hidden(frame))
+            done = self.runner.execute(plan, self._hidden(frame))
             self._check_step()
-            self._pass_on(frame, output)
+            self._pass_on(frame, done)
         except (StepLost, PeerLost) as error:
             log.warning("%s: a step of epoch %d is lost: %s", self.spec.peer, epoch, error)
             self._lost_epoch = epoch
@@ -128,13 +128,16 @@ class StageWorker(Worker):
         dtype = torch_dtype(frame.header.dtype)
         return read_rows(frame.buffers[0], dtype, self._shape.hidden_size)
 
-    def _pass_on(self, frame: Frame, output: Tensor | StepResult) -> None:
-        if isinstance(output, StepResult):
+    def _pass_on(self, frame: Frame, done: StageOutput) -> None:
+        """Send the plan and its rows on, or the result; wanted arrays of all stages so far too."""
+        wanted = (*read_rows_buffer(frame.buffers[1:]), *done.wanted)
+        if isinstance(done.output, StepResult):
             header = replace(frame.header, kind=FrameKind.RESULT)
-            self.transport.send(self._next, Frame(header, encode(output)))
+            result = replace(done.output, wanted=wanted)
+            self.transport.send(self._next, frame_with_rows(header, result))
             return
-        header = replace(frame.header, dtype=wire_dtype(output.dtype))
-        buffers = (tensor_buffer(output.contiguous()),)
+        header = replace(frame.header, dtype=wire_dtype(done.output.dtype))
+        buffers = (tensor_buffer(done.output.contiguous()), *rows_buffer(wanted))
         self.transport.send(self._next, Frame(header, frame.meta, buffers))
 
 

@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from router.step import Token
+import numpy as np
+from numpy.typing import NDArray
+
+from router.step import Token, WantedRows
+from shards.outputs import Outputs
+
+Item = Token | WantedRows
 
 
 class GroupStream:
     """Tokens of one sequence, delivered on the event loop that asked for them."""
 
-    def __init__(self, abort: Callable[[], None]) -> None:
+    def __init__(self, abort: Callable[[], None], outputs: Outputs) -> None:
         self._loop = asyncio.get_running_loop()
+        self._outputs = outputs
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._abort = abort
         self._ended = False
@@ -22,9 +29,17 @@ class GroupStream:
         """The loop that `put` must be called on."""
         return self._loop
 
-    def put(self, item: Token | Exception) -> None:
-        """Hand over a token, or the error that ends the stream."""
-        self._queue.put_nowait(item)
+    @property
+    def outputs(self) -> dict[str, NDArray[np.generic]]:
+        """The arrays that were asked for; whole once the first token has come."""
+        return self._outputs.arrays
+
+    def put(self, item: Item | Exception) -> None:
+        """Hand over a token or some rows, or the error that ends the stream."""
+        if isinstance(item, WantedRows):
+            self._outputs.put(item)
+        else:
+            self._queue.put_nowait(item)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         while not self._ended:
@@ -40,7 +55,7 @@ class GroupStream:
         self._abort()
 
 
-def put_all(items: Iterable[tuple[GroupStream, Token]]) -> None:
+def put_all(items: Iterable[tuple[GroupStream, Item]]) -> None:
     """Hand over one step's tokens; one wake-up of the loop however many streams it feeds."""
-    for stream, token in items:
-        stream.put(token)
+    for stream, item in items:
+        stream.put(item)

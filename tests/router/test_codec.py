@@ -18,7 +18,9 @@ def _messages(module: Any) -> list[type]:
     return [
         cls
         for cls in found
-        if dataclasses.is_dataclass(cls) and getattr(cls, "__module__", "") == module.__name__
+        if isinstance(cls, type)
+        and dataclasses.is_dataclass(cls)
+        and getattr(cls, "__module__", "") == module.__name__
     ]
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 
 import pytest
 
 from router.engine import EngineCore, EngineLimits
-from router.step import Admit, FinishReason, Sampled, SamplingParams, StepResult, Token, Want
+from router.step import (
+    NO_TOKEN,
+    Admit,
+    FinishReason,
+    Sampled,
+    SamplingParams,
+    StepResult,
+    Token,
+    Want,
+)
 
 LIMITS = EngineLimits(
     block_size=4,
@@ -41,9 +51,12 @@ def step(core: EngineCore, token_id: int = 7) -> tuple[Token, ...]:
     [
         (admit_of(()), "prompt has 0 tokens: allowed 1..31"),
         (admit_of([1] * 32), "prompt has 32 tokens: allowed 1..31"),
-        (admit_of(max_tokens=0), "max_tokens=0"),
-        (admit_of(want=Want(logits=True)), "want.logits=True"),
-        (admit_of(want=Want(prompt_logprobs=2)), "want.prompt_logprobs=2"),
+        (admit_of(max_tokens=-1), "max_tokens=-1"),
+        (admit_of([1] * 33, max_tokens=0), "prompt has 33 tokens: allowed 1..32"),
+        (admit_of(want=Want(logits=True)), "want.logits=True with max_tokens=3: allowed"),
+        (admit_of(want=Want(score_position=0)), "want.score_position=0 with max_tokens=3"),
+        (admit_of(max_tokens=0, want=Want(score_position=2)), "outside the prompt: allowed 0..1"),
+        (admit_of(max_tokens=0, want=Want(logits=True, logits_positions=(1, 1))), "rising"),
         (admit_of(grammar="{}"), "grammar"),
     ],
 )
@@ -53,6 +66,21 @@ def test_what_can_never_be_served_is_refused_by_name(admit: Admit, named: str) -
     assert refusal is not None
     assert refusal.seq_id == 1
     assert named in refusal.reason
+    assert not core.has_work
+
+
+def test_a_sequence_that_is_not_continued_ends_when_its_prompt_is_computed() -> None:
+    core = EngineCore(replace(LIMITS, max_num_batched_tokens=20))
+    want = Want(logits=True, prompt_logprobs=1)
+    assert core.admit(admit_of([5] * 32, max_tokens=0, want=want)) is None
+    plan = core.schedule()
+    assert plan is not None
+    assert plan.new[0].want == want
+    assert not any(row.samples for row in plan.scheduled)
+    assert core.apply(StepResult(epoch=0, step_id=plan.step_id)) == ()
+    assert step(core) == (
+        Token(seq_id=1, position=0, token_id=NO_TOKEN, finish=FinishReason.LENGTH),
+    )
     assert not core.has_work
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from router.engine import EngineCore, EngineLimits, Executor
 from router.step import (
+    NO_TOKEN,
     Admit,
     FinishReason,
     Sampled,
@@ -31,6 +32,8 @@ def next_token(tokens: Seq[int]) -> int:
 
 def solo_run(admit: Admit, max_model_len: int) -> list[tuple[int, FinishReason | None]]:
     """What the request gets alone, written down from the contract."""
+    if admit.sampling.max_tokens == 0:
+        return [(NO_TOKEN, FinishReason.LENGTH)]
     tokens, out = list(admit.prompt), []
     while not out or out[-1][1] is None:
         tokens.append(next_token(tokens))
@@ -48,6 +51,7 @@ def solo_run(admit: Admit, max_model_len: int) -> list[tuple[int, FinishReason |
 class Known:
     slot: int
     tokens: list[int]
+    continues: bool
     table: list[int] = field(default_factory=list)
 
 
@@ -90,7 +94,8 @@ class SimulatedStages:
             assert new.seq_id in rows
             slots = [known.slot for known in self.known.values()]
             assert new.state_slot not in slots if limits.num_state_slots else new.state_slot == -1
-            self.known[new.seq_id] = Known(new.state_slot, [*new.prompt, *new.emitted])
+            continues = new.sampling.max_tokens > 0
+            self.known[new.seq_id] = Known(new.state_slot, [*new.prompt, *new.emitted], continues)
         assert len(self.known) <= limits.max_num_seqs
         for row in plan.scheduled:
             owned = {block for known in self.known.values() for block in known.table}
@@ -125,7 +130,7 @@ class SimulatedStages:
             for position, cell in enumerate(read):
                 assert (*cell[:2], cell[3]) == (row.seq_id, position, is_long)
             assert known.slot < 0 or self.states[known.slot] == read, "the state skipped or mixed"
-            assert row.samples == (end == row.length)
+            assert row.samples == (known.continues and end == row.length)
             if row.samples:
                 token = next_token([cell[2] for cell in read])
                 known.tokens.append(token)
@@ -220,9 +225,10 @@ def random_limits(random: Random) -> EngineLimits:
 def random_admit(random: Random, seq_id: int, limits: EngineLimits, epoch: int) -> Admit:
     longest = random.choice([2, 6, limits.max_model_len])
     num_prompt = random.randrange(1, min(longest, limits.max_model_len))
+    most = random.choice([0, *[limits.max_model_len + 2] * 5])
     prompt = tuple(random.randrange(VOCAB) for _ in range(num_prompt))
     sampling = SamplingParams(
-        max_tokens=random.randrange(1, limits.max_model_len + 3),
+        max_tokens=random.randint(min(1, most), most),
         min_tokens=random.choice([0, 0, 3]),
         stop_token_ids=random.choice([(), (3,), (1, 5)]),
     )
@@ -254,7 +260,7 @@ def test_every_request_gets_the_tokens_of_its_solo_run(seed: int) -> None:
     for seq_id, tokens in ingress.journal.items():
         got = [(token.token_id, token.finish) for token in tokens]
         assert got == solo_run(admits[seq_id], limits.max_model_len)
-        assert all(token.logprob == -token.token_id for token in tokens)
+        assert all(t.logprob == -t.token_id for t in tokens if t.token_id != NO_TOKEN)
     load = ingress.core.load()
     assert (load.running, load.waiting, load.used_blocks, load.used_slots) == (0, 0, 0, 0)
     # The last sequences' release rides on the next plan: after one more request it is the only

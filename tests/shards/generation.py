@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.registry import load_config
 from router.engine import EngineCore, EngineLimits, Executor
-from router.step import Admit, SamplingParams, StepPlan, StepResult, Token
+from router.step import Admit, SamplingParams, StepPlan, StepResult, Token, WantedRows
 from shards.checkpoint import Checkpoint
 from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
@@ -114,14 +114,16 @@ class Chain:
     def submit(self, plan: StepPlan) -> None:
         """Run a plan through all runners."""
         passed: Tensor | StepResult | None = None
+        wanted: tuple[WantedRows, ...] = ()
         for runner in self.runners:
             assert not isinstance(passed, StepResult)
-            passed = runner.execute(plan, passed)
+            done = runner.execute(plan, passed)
+            passed, wanted = done.output, wanted + done.wanted
             if isinstance(passed, Tensor):
                 rows = sum(row.num_tokens for row in plan.scheduled)
                 assert len(passed) == rows, "padding must not leave a stage"
         assert isinstance(passed, StepResult)
-        self._results.append(passed)
+        self._results.append(replace(passed, wanted=wanted))
 
     def poll(self, timeout: float | None) -> StepResult | None:
         """The result of the plan just run."""

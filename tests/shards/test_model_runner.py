@@ -18,7 +18,6 @@ from router.step import (
     StateOpKind,
     StepPlan,
     StepResult,
-    Want,
 )
 from shards.micro_batches import pack, split_sequences
 from tests.shards.generation import Chain, generate, greedy, limits_for, local
@@ -93,7 +92,7 @@ def test_last_sampled_is_the_token_just_sampled(folders: dict[str, Path]) -> Non
     limits = limits_for(folders["dbrx"])
     runner = Chain(folders["dbrx"], limits, [(0, 3)]).runners[0]
     first = StepPlan(epoch=0, step_id=0, new=(new(1),), scheduled=(row(1, (1, 2), 0, (3,)),))
-    result = runner.execute(first)
+    result = runner.execute(first).output
     assert isinstance(result, StepResult)
     implied = runner.execute(
         StepPlan(epoch=0, step_id=1, scheduled=(row(1, (LAST_SAMPLED,), start=2),))
@@ -144,9 +143,6 @@ def test_what_is_unknown_or_unserved_is_named(folders: dict[str, Path]) -> None:
     with pytest.raises(AssertionError, match="new sequence 8 is known"):
         runner.execute(replace(empty, new=(new(8),)))
     runner.reset()
-    wanting = replace(new(8), want=Want(logits=True))
-    with pytest.raises(ValueError, match=r"sequence 8: .*logits=True.* is not served"):
-        runner.execute(replace(empty, new=(wanting,)))
     with pytest.raises(ValueError, match="grammar is not served"):
         runner.execute(replace(empty, new=(replace(new(8), grammar="x"),)))
     with pytest.raises(AssertionError, match="every stage but the first"):
@@ -156,10 +152,10 @@ def test_what_is_unknown_or_unserved_is_named(folders: dict[str, Path]) -> None:
 def test_a_plan_without_tokens_runs(folders: dict[str, Path]) -> None:
     first, last = Chain(folders["dbrx"], limits_for(folders["dbrx"]), [(0, 1), (1, 3)]).runners
     plan = StepPlan(epoch=2, step_id=7, new=(new(1),))
-    hidden = first.execute(plan)
+    hidden = first.execute(plan).output
     assert isinstance(hidden, torch.Tensor)
     assert hidden.shape == (0, 64)
-    assert last.execute(plan, hidden) == StepResult(epoch=2, step_id=7)
+    assert last.execute(plan, hidden).output == StepResult(epoch=2, step_id=7)
 
 
 def test_splits_are_whole_sequences_of_about_equal_tokens() -> None:
