@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Protocol
 
-from router.scheduler import EngineLimits, Scheduler
+from router.limits import EngineLimits
+from router.scheduler import Scheduler
 from router.sequence import Sequence, SequenceStatus
 from router.step import (
     NO_TOKEN,
@@ -155,7 +156,7 @@ class EngineCore:
             sampled = next(samples) if row.samples else None
             seq = self._sequences[row.seq_id]
             seq.in_flight = False
-            seq.num_computed += row.num_tokens
+            self._scheduler.cache.computed(seq, row.num_tokens)
             if seq.aborted:
                 self._remove(seq)
             elif sampled is not None:
@@ -171,8 +172,8 @@ class EngineCore:
             self._remove(seq)
         elif seq.length - 1 == self.limits.reprefill_length:
             # Known length grows one by one, so this is the crossing: all that is cached was
-            # computed at a length up to the limit. Blocks and slot stay, their content does not.
-            seq.num_computed = 0
+            # computed at a length up to the limit, and may be shared by sequences below it.
+            self._scheduler.restart(seq)
         return Token(
             seq_id=seq.seq_id,
             position=seq.num_emitted - 1,
@@ -193,15 +194,19 @@ class EngineCore:
 
     def load(self) -> EngineLoad:
         """What is held right now; preemptions count from the start of the epoch."""
-        scheduler = self._scheduler
+        scheduler, cache = self._scheduler, self._scheduler.cache
         return EngineLoad(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
-            used_blocks=scheduler.blocks.num_used,
-            total_blocks=scheduler.blocks.num_blocks,
-            used_slots=scheduler.slots.num_used,
-            total_slots=scheduler.slots.num_slots,
+            used_blocks=cache.blocks.num_used,
+            total_blocks=cache.blocks.num_blocks,
+            used_slots=cache.slots.num_used,
+            total_slots=cache.slots.num_slots,
+            used_snapshots=cache.snapshots.num_used,
+            total_snapshots=cache.snapshots.num_slots,
             preemptions=scheduler.num_preemptions,
+            prefix_tokens=scheduler.num_started_tokens,
+            prefix_hit_tokens=scheduler.num_hit_tokens,
         )
 
     def check_invariants(self) -> None:

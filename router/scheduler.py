@@ -5,52 +5,14 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 
-from router.block_manager import BlockManager
+from router.limits import EngineLimits
 from router.sequence import MAX_OVERTAKES, Sequence, SequenceStatus
-from router.state_slots import StateSlots
-from router.step import StateOp, StateOpKind, StepPlan
+from router.sequence_cache import Match, SequenceCache
+from router.step import StepPlan
 
 MAX_SKIPPED = 32
 """How many waiting sequences that do not fit one step looks past."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineLimits:
-    """What the scheduler may use. `num_state_slots` is 0 without recurrent layers.
-
-    Above `reprefill_length` known tokens a sequence's cache has another content (LongRoPE).
-    """
-
-    block_size: int
-    num_blocks: int
-    num_state_slots: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    reprefill_length: int | None = None
-    max_in_flight: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("block_size", "num_blocks", "max_num_seqs", "max_in_flight"):
-            _require(name, getattr(self, name), 1)
-        _require("max_num_batched_tokens", self.max_num_batched_tokens, 1)
-        _require("max_model_len", self.max_model_len, 2)
-        _require("num_state_slots", self.num_state_slots, 0)
-        if self.reprefill_length is not None:
-            _require("reprefill_length", self.reprefill_length, 1)
-
-    @property
-    def num_seats(self) -> int:
-        """Sequences that may run at once: no more than the budgets of all steps have tokens."""
-        seats = min(self.max_num_seqs, self.max_num_batched_tokens * self.max_in_flight)
-        return min(seats, self.num_state_slots) if self.num_state_slots else seats
-
-
-def _require(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise ValueError(f"{name}={value}: allowed {least} or more")
 
 
 def split_budget(budget: int, needs: Seq[int]) -> list[int]:
@@ -82,7 +44,7 @@ def worth_starting(budget: int, needs: Seq[int], need: int) -> bool:
 
 
 class Scheduler:
-    """Owns waiting and running sequences, KV blocks and state slots; no I/O, no clock.
+    """Owns waiting and running sequences and what they hold; no I/O, no clock.
 
     A sequence takes the blocks of all its known tokens when it starts and grows by decoding.
     When blocks run out, better ranks preempt worse ones and the worst waits, so the best always
@@ -92,12 +54,13 @@ class Scheduler:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
-        self.blocks = BlockManager(limits.num_blocks, limits.block_size)
-        self.slots = StateSlots(limits.num_state_slots)
+        self.cache = SequenceCache(limits)
         self.waiting: list[Sequence] = []
         self.running: dict[int, Sequence] = {}
         self.released: list[int] = []
         self.num_preemptions = 0
+        self.num_started_tokens = 0
+        self.num_hit_tokens = 0
 
     def add(self, seq: Sequence) -> None:
         """Queue a waiting sequence at its rank."""
@@ -126,6 +89,7 @@ class Scheduler:
         started += more
         prefills += more
         chunks = split_budget(budget, [seq.num_pending for seq in prefills])
+        chunks = [self.cache.chunk(seq, n) for seq, n in zip(prefills, chunks, strict=True)]
         work = [*((seq, 1) for seq in decodes), *zip(prefills, chunks, strict=True)]
         if not work:
             return None
@@ -134,11 +98,7 @@ class Scheduler:
             epoch=epoch,
             step_id=step_id,
             new=tuple(seq.introduction() for seq in started),
-            state_ops=tuple(
-                StateOp(kind=StateOpKind.ZERO, target=seq.slot)
-                for seq, _ in work
-                if seq.num_computed == 0 and seq.slot >= 0
-            ),
+            state_ops=self.cache.take_ops(),
             scheduled=tuple(seq.next_chunk(num_tokens) for seq, num_tokens in work),
             released=released,
         )
@@ -161,15 +121,13 @@ class Scheduler:
 
     def _grow(self, seq: Sequence) -> bool:
         """Give a running sequence the blocks of its known tokens, preempting worse ranks."""
-        missing = self.blocks.blocks_for(seq.length) - len(seq.blocks)
-        while missing > self.blocks.num_free:
+        while not self.cache.grow(seq):
             victim = max(self._idle(), key=lambda s: s.rank)
             # Without a worse idle one it keeps what it holds and waits: the better ones get on.
             if victim.rank <= seq.rank:
                 return False
             victim.overtaken += seq.arrival > victim.arrival
             self._preempt(victim)
-        seq.blocks += self.blocks.allocate(max(0, missing))
         return True
 
     def _start_waiting(
@@ -187,51 +145,60 @@ class Scheduler:
             if len(started) == share or len(needs) >= budget or skipped > MAX_SKIPPED:
                 break
             aged = seq.overtaken >= MAX_OVERTAKES
-            if not aged and not worth_starting(budget, needs, seq.num_pending):
+            match = self.cache.match(seq)
+            need = seq.length - match.num_tokens
+            if not aged and (
+                self.cache.awaits(seq, match) or not worth_starting(budget, needs, need)
+            ):
                 skipped += 1
                 continue
-            if not self._fits(seq):
+            if not self._fits(seq, match):
                 if aged or len(self.running) >= limits.num_seats:
                     break
                 skipped += 1
                 continue
-            self._start(seq, step_id)
+            self._start(seq, match, step_id)
             started.append(seq)
-            needs.append(seq.num_pending)
+            needs.append(need)
         return started
 
-    def _fits(self, seq: Sequence, without: Seq[Sequence] = ()) -> bool:
+    def _fits(self, seq: Sequence, match: Match, without: Seq[Sequence] = ()) -> bool:
         """Whether a waiting sequence could start if those in `without` did not run.
 
         Each running sequence's next block stays free, or the newcomer would soon be preempted.
         """
         num_running = len(self.running) - len(without)
-        free = self.blocks.num_free + sum(len(other.blocks) for other in without) - num_running
-        return num_running < self.limits.num_seats and self.blocks.blocks_for(seq.length) <= free
+        return num_running < self.limits.num_seats and self.cache.fits(
+            seq, match, spare=num_running, without=without
+        )
 
     def _make_way(self, step_id: int) -> list[Sequence]:
         """Start the first of the queue in the place of sequences of worse priority, if it must
         and that is enough."""
-        if not self.waiting or self._fits(self.waiting[0]):
+        if not self.waiting:
             return []
         first = self.waiting[0]
+        match = self.cache.match(first)
+        if self._fits(first, match):
+            return []
         worse = [s for s in self._idle() if s.tier > first.tier and s.priority > first.priority]
         worse.sort(key=lambda s: s.rank)
         victims: list[Sequence] = []
-        while not self._fits(first, victims):
+        while not self._fits(first, match, victims):
             if not worse:
                 return []
             victims.append(worse.pop())
         for victim in victims:
             self._preempt(victim)
-        self._start(first, step_id)
+        self._start(first, self.cache.match(first), step_id)
         return [first]
 
-    def _start(self, seq: Sequence, step_id: int) -> None:
+    def _start(self, seq: Sequence, match: Match, step_id: int) -> None:
         self.waiting.remove(seq)
         seq.status = SequenceStatus.RUNNING
-        seq.blocks = self.blocks.allocate(self.blocks.blocks_for(seq.length))
-        seq.slot = self.slots.allocate() if self.limits.num_state_slots else -1
+        self.cache.start(seq, match)
+        self.num_started_tokens += seq.length
+        self.num_hit_tokens += match.num_tokens
         self.running[seq.seq_id] = seq
         self._take_off(seq, step_id)
         overtaken = [other for other in self.waiting if other.arrival < seq.arrival]
@@ -246,38 +213,30 @@ class Scheduler:
 
     def _preempt(self, victim: Sequence) -> None:
         """Take everything from a running sequence; it is recomputed from its tokens later."""
-        self._vacate(victim)
         self.num_preemptions += 1
-        self.add(victim)
+        self.restart(victim)
+
+    def restart(self, seq: Sequence) -> None:
+        """Have a running sequence, not in flight, start again from its tokens."""
+        self._vacate(seq)
+        self.add(seq)
 
     def _vacate(self, seq: Sequence) -> None:
         del self.running[seq.seq_id]
         self.released.append(seq.seq_id)
-        # Last block first: the head of a prefix outlives its tail in the free queue.
-        self.blocks.free(reversed(seq.blocks))
-        if seq.slot >= 0:
-            self.slots.free(seq.slot)
+        self.cache.vacate(seq)
         seq.status = SequenceStatus.WAITING
-        seq.blocks, seq.num_sent_blocks, seq.slot, seq.num_computed = [], 0, -1, 0
 
     def _idle(self) -> Iterator[Sequence]:
         return (seq for seq in self.running.values() if not seq.in_flight)
 
     def check_invariants(self) -> None:
-        """Every block and slot has exactly one owner, which runs; the queue is in order."""
-        self.blocks.check_invariants()
-        self.slots.check_invariants()
-        blocks = [block for seq in self.running.values() for block in seq.blocks]
-        assert len(blocks) == len(set(blocks)) == self.blocks.num_used, "blocks leak or are shared"
-        slots = [seq.slot for seq in self.running.values() if seq.slot >= 0]
-        assert len(slots) == len(set(slots)) == self.slots.num_used, "slots leak or are shared"
+        """What is held belongs to running sequences, waiting ones hold nothing, in order."""
+        self.cache.check_invariants(self.running.values())
         assert len(self.running) <= self.limits.num_seats, "more sequences run than may"
         for seq in self.running.values():
             assert seq.status is SequenceStatus.RUNNING
-            assert (seq.slot >= 0) == (self.limits.num_state_slots > 0)
             assert seq.num_computed < seq.length <= seq.max_length
-            assert seq.num_computed <= len(seq.blocks) * self.limits.block_size
-            assert seq.num_sent_blocks <= len(seq.blocks)
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING
             held = (seq.in_flight, seq.blocks, seq.slot, seq.num_computed, seq.num_sent_blocks)

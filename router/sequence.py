@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
+from router.prefix_keys import PrefixKeys
 from router.step import (
     NOTHING,
     Admit,
@@ -34,6 +35,10 @@ class Sequence:
     known token never is before the step that samples the next one. `max_length` bounds
     `len(tokens)`. `arrival` counts admissions, `last_step` is the last step it was part of, and
     `overtaken` counts later arrivals that started before it or took its place.
+
+    `keys` name its full blocks, of which `num_published` can be found by others. `marks` are
+    positions where its recurrent state is worth a snapshot; `rolling` is its latest one of a
+    decode step.
     """
 
     seq_id: int
@@ -44,6 +49,11 @@ class Sequence:
     priority: int
     arrival: int
     want: Want = NOTHING
+    cache_salt: str = ""
+    keys: PrefixKeys | None = None
+    num_published: int = 0
+    marks: set[int] = field(default_factory=set)
+    rolling: bytes | None = None
     status: SequenceStatus = SequenceStatus.WAITING
     num_computed: int = 0
     blocks: list[int] = field(default_factory=list)
@@ -68,6 +78,7 @@ class Sequence:
             priority=admit.priority,
             arrival=arrival,
             want=admit.want,
+            cache_salt=admit.cache_salt,
         )
 
     @property

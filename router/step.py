@@ -82,6 +82,8 @@ class Admit:
     priority: int = 0
     want: Want = NOTHING
     grammar: str | None = None
+    cache_salt: str = ""
+    """Only sequences of the same salt share cached prefixes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,13 @@ class EngineLoad:
     total_blocks: int = 0
     used_slots: int = 0
     total_slots: int = 0
+    used_snapshots: int = 0
+    total_snapshots: int = 0
     preemptions: int = 0
+    prefix_tokens: int = 0
+    """Tokens of all sequences that started, preempted ones again."""
+    prefix_hit_tokens: int = 0
+    """Those of them that a cached prefix saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from router.step import (
     FinishReason,
     Sampled,
     SamplingParams,
+    StateOp,
     StateOpKind,
     StepPlan,
     StepResult,
@@ -52,16 +53,18 @@ class Known:
     slot: int
     tokens: list[int]
     continues: bool
+    salt: str
     table: list[int] = field(default_factory=list)
 
 
-Cell = tuple[int, int, int, bool]  # seq_id, position, token id, long regime
+Cell = tuple[int, int, bool]  # position, hash of salt and all tokens up to it, long regime
 
 
 class SimulatedStages:
-    """An Executor: KV memory and state slots hold who wrote which position under which regime.
+    """An Executor: KV memory and state slots hold of which content a position was written.
 
-    Tables change at submit; tokens are computed when polled, in any order among those in flight.
+    Tables and states change at submit, as every stage takes plans in their order; tokens are
+    computed when polled, in any order among those in flight.
     """
 
     def __init__(self, limits: EngineLimits, random: Random) -> None:
@@ -70,6 +73,7 @@ class SimulatedStages:
         self.known: dict[int, Known] = {}
         self.memory: dict[tuple[int, int], Cell] = {}
         self.states: dict[int, list[Cell]] = {}
+        self.salts: dict[int, str] = {}
         self.steps: list[StepPlan] = []
         self.num_steps = 0
 
@@ -95,11 +99,14 @@ class SimulatedStages:
             slots = [known.slot for known in self.known.values()]
             assert new.state_slot not in slots if limits.num_state_slots else new.state_slot == -1
             continues = new.sampling.max_tokens > 0
-            self.known[new.seq_id] = Known(new.state_slot, [*new.prompt, *new.emitted], continues)
+            self.known[new.seq_id] = Known(
+                new.state_slot, [*new.prompt, *new.emitted], continues, self.salts[new.seq_id]
+            )
         assert len(self.known) <= limits.max_num_seqs
+        for op in plan.state_ops:
+            self._apply(op)
         for row in plan.scheduled:
-            owned = {block for known in self.known.values() for block in known.table}
-            assert not owned & set(row.new_blocks), "a block has two owners"
+            assert len(set(row.new_blocks)) == len(row.new_blocks)
             assert all(0 <= block < limits.num_blocks for block in row.new_blocks)
             self.known[row.seq_id].table.extend(row.new_blocks)
         self.steps.append(plan)
@@ -109,10 +116,6 @@ class SimulatedStages:
         if not self.steps:
             return None
         plan = self.steps.pop(self.random.randrange(len(self.steps)))
-        for op in plan.state_ops:
-            assert op.kind is StateOpKind.ZERO
-            assert op.target in {self.known[row.seq_id].slot for row in plan.scheduled}
-            self.states[op.target] = []
         sampled = []
         for row in plan.scheduled:
             known = self.known[row.seq_id]
@@ -122,20 +125,39 @@ class SimulatedStages:
             assert list(row.token_ids) == known.tokens[row.start : end]
             assert len(row.token_ids) == row.num_tokens
             for position, token in zip(range(row.start, end), row.token_ids, strict=True):
-                cell = (row.seq_id, position, token, is_long)
+                assert token == known.tokens[position]
+                cell = (position, hash((known.salt, *known.tokens[: position + 1])), is_long)
                 self.memory[self._place(known, position)] = cell
                 if known.slot >= 0:
                     self.states[known.slot].append(cell)
             read = [self.memory[self._place(known, position)] for position in range(end)]
             for position, cell in enumerate(read):
-                assert (*cell[:2], cell[3]) == (row.seq_id, position, is_long)
+                expected = hash((known.salt, *known.tokens[: position + 1]))
+                assert cell == (position, expected, is_long), "another content"
             assert known.slot < 0 or self.states[known.slot] == read, "the state skipped or mixed"
             assert row.samples == (known.continues and end == row.length)
             if row.samples:
-                token = next_token([cell[2] for cell in read])
+                token = next_token(known.tokens)
                 known.tokens.append(token)
                 sampled.append(Sampled(seq_id=row.seq_id, token_id=token, logprob=-float(token)))
         return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
+
+    def _apply(self, op: StateOp) -> None:
+        limits = self.limits
+        slots = {known.slot for known in self.known.values()}
+        if op.kind is StateOpKind.SNAPSHOT:
+            assert (
+                limits.num_state_slots <= op.target < limits.num_state_slots + limits.num_snapshots
+            )
+            self.states[op.target] = list(self.states[op.source])
+            return
+        assert op.target in slots, "a state is prepared for nobody"
+        assert op.target < limits.num_state_slots
+        if op.kind is StateOpKind.COPY:
+            assert op.source >= limits.num_state_slots
+            self.states[op.target] = list(self.states[op.source])
+        else:
+            self.states[op.target] = []
 
     def _place(self, known: Known, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.limits.block_size)
@@ -154,6 +176,7 @@ class Ingress:
         self.ended: dict[int, int] = {}
 
     def admit(self, admit: Admit) -> None:
+        self.stages.salts[admit.seq_id] = admit.cache_salt
         assert self.core.admit(admit) is None
         self.core.check_invariants()
         self.journal.setdefault(admit.seq_id, [])
@@ -201,6 +224,7 @@ class Ingress:
                 emitted=emitted,
                 sampling=admit.sampling,
                 priority=admit.priority,
+                cache_salt=admit.cache_salt,
             )
             self.admit(again)
         assert self.core.load().waiting == len(self.open)
@@ -219,6 +243,8 @@ def random_limits(random: Random) -> EngineLimits:
         max_model_len=max_model_len,
         reprefill_length=random.choice([None, random.randint(1, max_model_len)]),
         max_in_flight=random.randint(1, 3),
+        prefix_caching=random.random() < 0.8,
+        num_snapshots=random.choice([0, 1, 2, 9]),
     )
 
 
@@ -226,14 +252,24 @@ def random_admit(random: Random, seq_id: int, limits: EngineLimits, epoch: int) 
     longest = random.choice([2, 6, limits.max_model_len])
     num_prompt = random.randrange(1, min(longest, limits.max_model_len))
     most = random.choice([0, *[limits.max_model_len + 2] * 5])
-    prompt = tuple(random.randrange(VOCAB) for _ in range(num_prompt))
+    # Few beginnings, so that many sequences share one and part from it somewhere.
+    shared = Random(random.randrange(3))
+    parts_at = random.randrange(num_prompt + 1)
+    prompt = tuple((shared if i < parts_at else random).randrange(VOCAB) for i in range(num_prompt))
     sampling = SamplingParams(
         max_tokens=random.randint(min(1, most), most),
         min_tokens=random.choice([0, 0, 3]),
         stop_token_ids=random.choice([(), (3,), (1, 5)]),
     )
     priority = random.choice([0, 0, 0, -1, 2])
-    return Admit(seq_id=seq_id, epoch=epoch, prompt=prompt, sampling=sampling, priority=priority)
+    return Admit(
+        seq_id=seq_id,
+        epoch=epoch,
+        prompt=prompt,
+        sampling=sampling,
+        priority=priority,
+        cache_salt=random.choice(["", "", "", "private"]),
+    )
 
 
 @settings(max_examples=300, deadline=None)

@@ -1,0 +1,47 @@
+"""What one engine may use at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLimits:
+    """What the scheduler may use. `num_state_slots` is 0 without recurrent layers.
+
+    Above `reprefill_length` known tokens a sequence's cache has another content (LongRoPE).
+    With `prefix_caching` sequences share the blocks of a common beginning; `num_snapshots` more
+    state slots, numbered behind the others, hold what recurrent models need for it.
+    """
+
+    block_size: int
+    num_blocks: int
+    num_state_slots: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    reprefill_length: int | None = None
+    max_in_flight: int = 1
+    prefix_caching: bool = False
+    num_snapshots: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("block_size", "num_blocks", "max_num_seqs", "max_in_flight"):
+            _require(name, getattr(self, name), 1)
+        _require("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        _require("max_model_len", self.max_model_len, 2)
+        _require("num_state_slots", self.num_state_slots, 0)
+        _require("num_snapshots", self.num_snapshots, 0)
+        if self.reprefill_length is not None:
+            _require("reprefill_length", self.reprefill_length, 1)
+
+    @property
+    def num_seats(self) -> int:
+        """Sequences that may run at once: no more than the budgets of all steps have tokens."""
+        seats = min(self.max_num_seqs, self.max_num_batched_tokens * self.max_in_flight)
+        return min(seats, self.num_state_slots) if self.num_state_slots else seats
+
+
+def _require(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ValueError(f"{name}={value}: allowed {least} or more")
