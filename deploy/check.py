@@ -2,43 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
-from deploy.config import ConfigError, parse_args
+from deploy.config import parse_args
 from deploy.resolve import ResolvedArgs, model_folder, resolve
 from deploy.served_model import ServedModel, load_served_model
 
+if TYPE_CHECKING:
+    from models.interface import ModelConfig
+    from shards.load_plan import WorkerLoad
 
-def check_model(model: str) -> int:
-    """Print a table; 0 when the model can be served (warnings included), 1 with reasons if not."""
+
+def check_model(options: Mapping[str, Any]) -> int:
+    """Print tables; 0 when the model can be served (warnings included), 1 with reasons if not.
+
+    `options` are those of `conclave serve`, by their names with underscores.
+    """
+    from shards.checkpoint import open_model
+    from shards.load_plan import plan_loading
+
     console = Console()
     try:
-        folder = model_folder(model)
-        resolved = resolve(parse_args({"model": model}))
+        args = parse_args(options)
+        folder = model_folder(args.model)
+        resolved = resolve(args)
         limits = resolved.spec.limits
         served = load_served_model(
             resolved.served_model_name, str(folder), resolved.vocab_size, limits.max_model_len
         )
-    except (ConfigError, ValueError) as error:
-        console.print(f"cannot be served: {error}", markup=False, soft_wrap=True)
+        config, checkpoint = open_model(folder)
+        loads = plan_loading(resolved.spec, config, checkpoint)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        console.print(f"cannot be served: {reason}", markup=False, soft_wrap=True)
         return 1
-    console.print(_table(resolved, served, folder))
-    for warning in served.warnings:
+    console.print(_table(resolved, served, folder, config))
+    console.print(_load_table(loads))
+    for warning in (*resolved.warnings, *served.warnings):
         console.print(f"warning: {warning}", markup=False, soft_wrap=True)
     console.print("can be served")
     return 0
 
 
-def _table(resolved: ResolvedArgs, served: ServedModel, folder: Path) -> Table:
+def _heads(config: ModelConfig) -> str:
+    heads = ["next tokens"] if "lm" in config.heads else []
+    if config.classifier:
+        heads.append(f"one of {len(config.classifier.labels)} labels")
+    return " or ".join(heads)
+
+
+def _load_table(loads: Sequence[WorkerLoad]) -> Table:
+    """One row per actor that reads weights, and their sum."""
+    table = Table(title="read by each actor", show_footer=len(loads) > 1)
+    table.add_column("actor", "all")
+    table.add_column("layers")
+    table.add_column("experts")
+    total = sum(load.num_bytes for load in loads)
+    table.add_column("bytes", f"{total:,}", justify="right")
+    for load in loads:
+        layers = _ranges(range(*load.layers)) if load.layers else ""
+        actor = f"{load.role}-{load.index}"
+        table.add_row(actor, layers, _ranges(load.experts), f"{load.num_bytes:,}")
+    return table
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers such as 0, 1, 2, 5 as `0-2, 5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _table(resolved: ResolvedArgs, served: ServedModel, folder: Path, config: ModelConfig) -> Table:
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     experts = "none" if resolved.num_experts < 2 else f"{resolved.num_experts} per MoE layer"
     rows = {
         "family": resolved.family,
         "layers": str(resolved.num_layers),
         "experts": experts,
+        "answers with": _heads(config),
         "vocabulary": f"{resolved.vocab_size:,}",
         "dtype": resolved.spec.dtype,
         "longest sequence": f"{served.max_model_len:,} tokens",

@@ -10,6 +10,12 @@ def whole(name: str, shape: tuple[int, ...], *other_names: str) -> TensorSlice:
     return TensorSlice(sources=tuple(TensorSource(n) for n in (name, *other_names)), shape=shape)
 
 
+def stacked(*parts: TensorSlice) -> TensorSlice:
+    """Several tensors in one, one below the other, so that they are multiplied at once."""
+    rows = sum(part.shape[0] for part in parts)
+    return TensorSlice(shape=(rows, *parts[0].shape[1:]), parts=parts)
+
+
 def head_table(shape: tuple[int, int], tied: bool) -> TensorSlice:
     """lm_head [V, D], or the embedding table where the two are tied and the file holds no head.
 

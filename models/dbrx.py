@@ -15,28 +15,31 @@ import torch
 from torch import Tensor
 
 from models.checkpoint_map import whole
-from models.config_fields import Fields, attention_heads, head_width
+from models.common_keys import notes, refuse_other_kinds
+from models.config_fields import ConfigError, Fields, check_kv_heads, head_width, rope_kind
+from models.dbrx_layer import NORM_EPS, DbrxLayer, layer_tensors
 from models.interface import (
-    BatchMeta,
     CacheShape,
     Classifier,
     ExpertWeights,
-    KVCache,
-    LayerCache,
-    Routing,
     TensorSlice,
     TensorSource,
 )
 from models.layers.activation import ACTIVATIONS
 from models.layers.attention import PagedAttention
-from models.layers.moe import divide_by_p_norm, expert_rows, routing, softmax_top_k
+from models.layers.moe import expert_rows
 from models.layers.norm import layer_norm
 from models.layers.rope import RotaryEmbedding
-from models.layers.rowwise import linear
 from models.layers.stage import Stage
+from models.quantization_config import stored_quantization
 
-# torch's LayerNorm default; DBRX configurations do not carry it.
-_NORM_EPS = 1e-5
+# Of training; widths that Transformers keeps twice; a loss weight that it never reads.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "resid_pdrop", "emb_pdrop", "attn_pdrop", "ffn_config.moe_jitter_eps",
+        "ffn_config.hidden_size", "num_key_value_heads", "router_aux_loss_coef",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,43 +64,52 @@ class DbrxConfig:
     activation: str
     moe_loss_weight: float
     dtype_name: str
+    quantization: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> DbrxConfig:
+    def parse(cls, raw: Mapping[str, Any], heads: frozenset[str]) -> DbrxConfig:
         """Read config.json's object; ConfigError names what cannot be served."""
         fields = Fields(raw)
         attn, ffn = fields.section("attn_config"), fields.section("ffn_config")
-        if fields.flag("tie_word_embeddings", False):
-            raise fields.error("tie_word_embeddings", "false: DBRX has no tied embeddings")
-        hidden, heads = fields.integer("d_model", 2048), fields.integer("n_heads", 16)
+        refuse_other_kinds(fields)
+        fields.only("tie_word_embeddings", False, "DBRX has no tied embeddings")
+        hidden_key = fields.spelling("d_model", "hidden_size")
+        hidden = fields.integer(hidden_key, 2048)
+        heads_key = fields.spelling("n_heads", "num_attention_heads")
+        num_heads = fields.integer(heads_key, 16)
         kv_heads = attn.integer("kv_n_heads", 1)
-        attention_heads(attn, heads, kv_heads, "kv_n_heads")
-        head_dim = head_width(fields, "d_model", hidden, heads)
+        check_kv_heads(attn, "kv_n_heads", kv_heads, heads_key, num_heads)
+        head_dim = head_width(fields, hidden_key, hidden, heads_key, num_heads)
         if head_dim % 2:
-            raise fields.error("d_model", "an even multiple of n_heads, for RoPE")
+            raise fields.error(hidden_key, f"an even multiple of {heads_key}, for RoPE")
+        fields.only("head_dim", head_dim, "DBRX's heads share the hidden size")
         experts, top_k = ffn.integer("moe_num_experts", 4), ffn.integer("moe_top_k", 1)
         if top_k > experts:
             raise ffn.error("moe_top_k", f"at most moe_num_experts ({experts})")
-        # Transformers 5 writes a top-level base that may contradict the model's own: attn_config
-        # is where DBRX keeps it.
-        fallback = fields.section("rope_parameters").number("rope_theta", 10000.0)
+        ffn.only("uniform_expert_assignment", False, "the gate decides")
         return cls(
             hidden_size=hidden,
             vocab_size=fields.integer("vocab_size", 32000),
-            num_layers=fields.integer("n_layers", 24),
-            max_position_embeddings=fields.integer("max_seq_len", 2048),
-            num_heads=heads,
+            num_layers=fields.integer(fields.spelling("n_layers", "num_hidden_layers"), 24),
+            max_position_embeddings=fields.integer(
+                fields.spelling("max_seq_len", "max_position_embeddings"), 2048
+            ),
+            num_heads=num_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            rope_theta=attn.number("rope_theta", fallback),
+            rope_theta=_rope_theta(fields, attn),
             clip_qkv=attn.optional_number("clip_qkv"),
             expert_width=ffn.integer("ffn_hidden_size", 3584),
             num_experts=experts,
             top_k=top_k,
-            expert_weight_norm=_expert_weight_norm(raw, ffn),
+            expert_weight_norm=_expert_weight_norm(ffn),
             activation=ffn.section("ffn_act_fn").choice("name", "silu", tuple(ACTIVATIONS)),
             moe_loss_weight=ffn.number("moe_loss_weight", 0.01),
             dtype_name=fields.dtype_name(),
+            quantization=stored_quantization(fields),
+            # Last: by now every key that means something has been read.
+            notes=notes(fields, _WITHOUT_EFFECT),
         )
 
     @property
@@ -126,7 +138,9 @@ class DbrxConfig:
         return self.moe_loss_weight
 
     def with_tensors(self, names: frozenset[str]) -> DbrxConfig:
-        """The same model."""
+        """The same model. Raises ConfigError where there is a classification head."""
+        if "score.weight" in names:
+            raise ConfigError("tensor score.weight: DBRX has no classification head")
         return self
 
     def is_moe_layer(self, layer_idx: int) -> bool:
@@ -139,7 +153,7 @@ class DbrxConfig:
 
     def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
         """Bytes of one layer without its experts."""
-        return itemsize * sum(prod(s.shape) for s in _layer_tensors(self, layer_idx).values())
+        return itemsize * sum(prod(s.shape) for s in layer_tensors(self, layer_idx).values())
 
     def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
         """Layers first..last-1, without weights."""
@@ -156,21 +170,27 @@ class DbrxConfig:
             layers=[DbrxLayer(self, i, attention, rope) for i in range(first, last)],
             embedding=whole("transformer.wte.weight", table) if first == 0 else None,
             head=head if last == self.num_layers else {},
-            final_norm=lambda x, weights: layer_norm(x, weights["norm"], None, _NORM_EPS),
+            final_norm=lambda x, weights: layer_norm(x, weights["norm"], None, NORM_EPS),
         )
 
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
-        """Rows of the three stacked matrices; w2 is stored [F, D] and transposed when read."""
-        width, hidden = self.expert_width, self.hidden_size
-        prefix = f"transformer.blocks.{layer_idx}.ffn.experts.mlp."
+        """Rows of the three stacked matrices, or mlx's three matrices of each expert.
 
-        def rows(name: str) -> tuple[TensorSource, ...]:
-            return (TensorSource(prefix + name, start=expert * width, stop=(expert + 1) * width),)
+        Stacked, w2 is [F, D] and transposed when read; mlx has transposed it already.
+        """
+        width, hidden = self.expert_width, self.hidden_size
+        experts = f"transformer.blocks.{layer_idx}.ffn.experts."
+        start, stop = expert * width, (expert + 1) * width
+
+        def matrix(name: str, shape: tuple[int, int], turned: bool = False) -> TensorSlice:
+            stacked = TensorSource(f"{experts}mlp.{name}", start, stop, transpose=turned)
+            split = TensorSource(f"{experts}{expert}.{name}.weight")
+            return TensorSlice(sources=(stacked, split), shape=shape)
 
         return {
-            "gate": TensorSlice(sources=rows("w1"), shape=(width, hidden)),
-            "up": TensorSlice(sources=rows("v1"), shape=(width, hidden)),
-            "down": TensorSlice(sources=rows("w2"), shape=(hidden, width), transpose=True),
+            "gate": matrix("w1", (width, hidden)),
+            "up": matrix("v1", (width, hidden)),
+            "down": matrix("w2", (hidden, width), turned=True),
         }
 
     def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
@@ -182,80 +202,18 @@ class DbrxConfig:
         return {name for name in names if name.endswith(".inv_freq")}
 
 
-def _expert_weight_norm(raw: Mapping[str, Any], ffn: Fields) -> float | None:
+def _rope_theta(fields: Fields, attn: Fields) -> float:
+    """attn_config is where DBRX keeps its base; Transformers 5 writes another one at the top level
+    that may contradict it."""
+    theta = fields.positive("rope_theta", 10000.0)
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = fields.section(key)
+        rope_kind(fields, rope, ("default",))
+        theta = rope.positive("rope_theta", theta)
+    return attn.positive("rope_theta", theta)
+
+
+def _expert_weight_norm(ffn: Fields) -> float | None:
     """Absent means 1; an explicit null switches the normalisation off."""
     key = "moe_normalize_expert_weights"
-    if key not in (raw.get("ffn_config") or {}):
-        return 1.0
-    p = ffn.optional_number(key)
-    if p is not None and p < 0:
-        raise ffn.error(key, "null or a number of at least 0")
-    return p
-
-
-def _layer_tensors(config: DbrxConfig, layer_idx: int) -> dict[str, TensorSlice]:
-    hidden = config.hidden_size
-    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    prefix = f"transformer.blocks.{layer_idx}."
-    attn = prefix + "norm_attn_norm."
-    return {
-        "norm_1": whole(attn + "norm_1.weight", (hidden,)),
-        "qkv": whole(attn + "attn.Wqkv.weight", (qkv_rows, hidden)),
-        "out": whole(attn + "attn.out_proj.weight", (hidden, hidden)),
-        "norm_2": whole(attn + "norm_2.weight", (hidden,)),
-        "gate": whole(prefix + "ffn.router.layer.weight", (config.num_experts, hidden)),
-    }
-
-
-class DbrxLayer:
-    """One DBRX block without its experts."""
-
-    is_moe = True
-
-    def __init__(
-        self, config: DbrxConfig, layer_idx: int, attention: PagedAttention, rope: RotaryEmbedding
-    ) -> None:
-        self.layer_idx = layer_idx
-        self._config = config
-        self._attention = attention
-        self._rope = rope
-        self._weights: dict[str, Tensor] = {}
-
-    def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """norm_1, attention, residual, norm_2: the second norm reads the new residual."""
-        assert isinstance(cache, KVCache)
-        w, config = self._weights, self._config
-        qkv = linear(layer_norm(x, w["norm_1"], None, _NORM_EPS), w["qkv"])
-        if config.clip_qkv is not None:
-            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
-        heads = qkv.view(x.shape[0], -1, config.head_dim)
-        q, k, v = torch.split_with_sizes(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
-        )
-        q, k = self._rope.rotate(q, meta), self._rope.rotate(k, meta)
-        residual = x + linear(self._attention(q, k, v, meta, cache), w["out"])
-        return residual, layer_norm(residual, w["norm_2"], None, _NORM_EPS)
-
-    def gate(self, h: Tensor) -> Routing:
-        """Softmax over all experts, top-k, then the p-norm."""
-        logits = linear(h, self._weights["gate"])
-        ids, weights = softmax_top_k(logits, self._config.top_k)
-        if self._config.expert_weight_norm is not None:
-            weights = divide_by_p_norm(weights, self._config.expert_weight_norm)
-        return routing(logits, ids, weights)
-
-    def mlp(self, h: Tensor) -> Tensor:
-        """DBRX has no dense layers: never called."""
-        raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
-
-    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
-        """residual + expert outputs."""
-        return residual + outputs
-
-    def tensors(self) -> dict[str, TensorSlice]:
-        """The layer's parameters and where they are read from."""
-        return _layer_tensors(self._config, self.layer_idx)
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the parameters named by `tensors()`."""
-        self._weights = weights
+    return None if ffn.is_null(key) else ffn.number(key, 1.0)

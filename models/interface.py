@@ -111,36 +111,49 @@ class TensorSource:
     """One place a parameter may be read from: rows `start`..`stop` of tensor `name`.
 
     `index` first picks one matrix of a stacked 3-D tensor (Transformers 5 fused experts).
-    `start` and `stop` are both None when all rows are wanted.
+    `start` and `stop` are both None when all rows are wanted. `transpose` swaps the two dimensions
+    after reading (the result is made contiguous).
     """
 
     name: str
     start: int | None = None
     stop: int | None = None
     index: int | None = None
+    transpose: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSlice:
     """Where one parameter comes from: the first of `sources` whose name the checkpoint holds.
 
-    The hub's spelling comes first. `transpose` swaps the two dimensions after reading (the result
-    is made contiguous).
+    The hub's spelling comes first. A fused parameter has `parts` instead, read one below the other.
     """
 
-    sources: tuple[TensorSource, ...]
+    sources: tuple[TensorSource, ...] = ()
     shape: tuple[int, ...]
     """Shape in memory, after slicing and transposing."""
-    transpose: bool = False
+    parts: tuple[TensorSlice, ...] = ()
+    """Slices that add up to `shape` along the first dimension; parts have no parts."""
+
+    @property
+    def leaves(self) -> tuple[TensorSlice, ...]:
+        """The slices that come from one tensor each: its parts, or itself."""
+        return self.parts or (self,)
 
 
 @dataclass(frozen=True, slots=True)
 class ExpertWeights:
-    """One expert of one layer: gate and up [F, D], down [D, F]; act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ."""
+    """One expert of one layer: gate and up [F, D], down [D, F]; act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ.
+
+    An int8 matrix comes with the float32 scale of each of its rows.
+    """
 
     gate: Tensor
     up: Tensor
     down: Tensor
+    gate_scale: Tensor | None = None
+    up_scale: Tensor | None = None
+    down_scale: Tensor | None = None
 
 
 class StageModel(Protocol):
@@ -163,8 +176,14 @@ class StageModel(Protocol):
     def tensors(self) -> dict[str, TensorSlice]:
         """Every parameter this stage owns, by its own name, and where it is read from."""
 
+    def quantizable(self) -> frozenset[str]:
+        """The parameters that may be int8: attention projections and dense FFN linears."""
+
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the parameters named by `tensors()`, already in the model dtype."""
+        """Take the parameters named by `tensors()`, already in the model dtype.
+
+        A quantizable one may be int8; the scale of its rows is then there as `<name>_scale`.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,6 +229,14 @@ class ModelConfig(Protocol):
         """Dtype the checkpoint declares: float32, bfloat16 or float16."""
 
     @property
+    def quantization(self) -> str:
+        """What the checkpoint's files hold as int8: none, int8 (routed experts) or int8-all."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader should know: keys without effect, a head that contradicts its flag."""
+
+    @property
     def heads(self) -> frozenset[str]:
         """What the model ends in: `lm` (next-token logits), `score` (classification) or both."""
 
@@ -222,7 +249,10 @@ class ModelConfig(Protocol):
         """Weight of the load-balancing loss in the total loss."""
 
     def with_tensors(self, names: frozenset[str]) -> ModelConfig:
-        """The same model with every head that a checkpoint of these tensors holds."""
+        """The same model with every head that a checkpoint of these tensors holds.
+
+        Raises ConfigError when they hold a head that the family does not have.
+        """
 
     def is_moe_layer(self, layer_idx: int) -> bool: ...
     def cache_shape(self, layer_idx: int) -> CacheShape: ...

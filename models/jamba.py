@@ -6,37 +6,39 @@ The reference is Transformers' torch path, single full forward.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models.checkpoint_map import expert_matrices, head_table, whole
-from models.config_fields import Fields, attention_heads, head_width
+from models.checkpoint_map import expert_matrices, whole
+from models.common_keys import notes, refuse_other_kinds
+from models.config_fields import Fields, check_kv_heads, head_width
+from models.heads import Heads
 from models.interface import (
-    BatchMeta,
     CacheShape,
     Classifier,
     ExpertWeights,
-    KVCache,
-    LayerCache,
-    Routing,
-    StateCache,
     TensorSlice,
 )
-from models.jamba_mixer import MambaMixer, mixer_tensors
+from models.jamba_layer import JambaLayer, layer_tensors
 from models.layers.activation import silu
 from models.layers.attention import PagedAttention
 from models.layers.mamba import SelectiveState
-from models.layers.moe import expert_rows, feed_forward, routing, softmax_top_k
+from models.layers.moe import expert_rows
 from models.layers.norm import rms_norm
-from models.layers.rowwise import linear
 from models.layers.stage import Stage
+from models.quantization_config import stored_quantization
 
-_NORMS = ("input_layernorm", "pre_ff_layernorm")
-_MIXER = "mamba."
+# Of AI21's first code, and Transformers' choices among equal implementations.
+_WITHOUT_EFFECT = frozenset(
+    {
+        "calc_logits_for_entire_prompt", "num_logits_to_keep", "n_ctx", "use_mambapy",
+        "use_associative_scan",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,24 +67,36 @@ class JambaConfig:
     mamba_rank: int
     mamba_conv_bias: bool
     mamba_proj_bias: bool
-    tied: bool
+    use_mamba_kernels: bool
+    """Whether the checkpoint asks for the CUDA kernels of `mamba_ssm`."""
+    ending: Heads
     router_aux_loss_coef: float
     dtype_name: str
+    quantization: str
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def parse(cls, raw: Mapping[str, Any]) -> JambaConfig:
+    def parse(cls, raw: Mapping[str, Any], heads: frozenset[str]) -> JambaConfig:
         """Read config.json's object; ConfigError names what cannot be served."""
         fields = Fields(raw)
+        refuse_other_kinds(fields)
         hidden = fields.integer("hidden_size", 4096)
-        heads = fields.integer("num_attention_heads", 32)
+        heads_key = "num_attention_heads"
+        num_heads = fields.integer(heads_key, 32)
         kv_heads = fields.integer("num_key_value_heads", 8)
-        if "num_key_value_heads" in raw and raw["num_key_value_heads"] is None:
-            kv_heads = heads
-        attention_heads(fields, heads, kv_heads, "num_key_value_heads")
-        head_dim = head_width(fields, "hidden_size", hidden, heads)
-        # Other activations mean different things in different versions of the reference.
+        if fields.is_null("num_key_value_heads"):
+            kv_heads = num_heads
+        check_kv_heads(fields, "num_key_value_heads", kv_heads, heads_key, num_heads)
+        if fields.has("head_dim"):
+            head_dim = fields.integer("head_dim", 128)
+        else:
+            head_dim = head_width(fields, "hidden_size", hidden, heads_key, num_heads)
+        # Other activations mean different things in different versions of the reference; so does a
+        # window, which only some of its attention code obeys.
         fields.choice("hidden_act", "silu", ("silu", "swish"))
-        experts_key = "num_experts" if fields.has("num_experts") else "num_local_experts"
+        fields.only("sliding_window", None, "Jamba attends to the whole context")
+        fields.only("mamba_inner_layernorms", True, "Jamba's mixers normalise dt, B and C")
+        experts_key = fields.spelling("num_experts", "num_local_experts")
         experts = fields.integer(experts_key, 16)
         top_k = fields.integer("num_experts_per_tok", 2)
         if experts > 1 and top_k > experts:
@@ -94,7 +108,7 @@ class JambaConfig:
             vocab_size=fields.integer("vocab_size", 65536),
             num_layers=fields.integer("num_hidden_layers", 32),
             max_position_embeddings=fields.integer("max_position_embeddings", 262144),
-            num_heads=heads,
+            num_heads=num_heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             attn_layer_period=attn_period,
@@ -108,12 +122,16 @@ class JambaConfig:
             mamba_width=fields.integer("mamba_expand", 2) * hidden,
             mamba_state=fields.integer("mamba_d_state", 16),
             mamba_kernel=fields.integer("mamba_d_conv", 4),
-            mamba_rank=_rank(raw, fields, hidden),
+            mamba_rank=_rank(fields, hidden),
             mamba_conv_bias=fields.flag("mamba_conv_bias", True),
             mamba_proj_bias=fields.flag("mamba_proj_bias", False),
-            tied=fields.flag("tie_word_embeddings", False),
+            use_mamba_kernels=fields.flag("use_mamba_kernels", True),
+            ending=Heads.parse(fields, heads, pad_token_id=0),
             router_aux_loss_coef=fields.number("router_aux_loss_coef", 0.001),
             dtype_name=fields.dtype_name(),
+            quantization=stored_quantization(fields),
+            # Last: by now every key that means something has been read.
+            notes=notes(fields, _WITHOUT_EFFECT),
         )
 
     @property
@@ -128,13 +146,13 @@ class JambaConfig:
 
     @property
     def heads(self) -> frozenset[str]:
-        """Next-token logits."""
-        return frozenset({"lm"})
+        """Next-token logits, classification scores, or both."""
+        return self.ending.names
 
     @property
     def classifier(self) -> Classifier | None:
-        """No classification head."""
-        return None
+        """The classification head, if there is one."""
+        return self.ending.classifier
 
     @property
     def aux_loss_coef(self) -> float:
@@ -142,8 +160,9 @@ class JambaConfig:
         return self.router_aux_loss_coef
 
     def with_tensors(self, names: frozenset[str]) -> JambaConfig:
-        """The same model."""
-        return self
+        """The same model with every head that a checkpoint of these tensors holds."""
+        added = self.ending.notes(names)
+        return replace(self, ending=self.ending.with_tensors(names), notes=(*self.notes, *added))
 
     def is_attention_layer(self, layer_idx: int) -> bool:
         """Attention layers; all others are Mamba."""
@@ -166,7 +185,7 @@ class JambaConfig:
 
     def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
         """Bytes of one layer without its routed experts."""
-        return itemsize * sum(prod(s.shape) for s in _layer_tensors(self, layer_idx).values())
+        return itemsize * sum(prod(s.shape) for s in layer_tensors(self, layer_idx).values())
 
     def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
         """Layers first..last-1, without weights."""
@@ -178,7 +197,7 @@ class JambaConfig:
         table = (self.vocab_size, self.hidden_size)
         head = {
             "norm": whole("model.final_layernorm.weight", (self.hidden_size,)),
-            "lm_head": head_table(table, self.tied),
+            **self.ending.tensors(table),
         }
         return Stage(
             layers=[JambaLayer(self, i, attention, state) for i in range(first, last)],
@@ -212,108 +231,9 @@ def _schedule(fields: Fields, kind: str, period: int, offset: int) -> tuple[int,
     return period, offset
 
 
-def _rank(raw: Mapping[str, Any], fields: Fields, hidden: int) -> int:
+def _rank(fields: Fields, hidden: int) -> int:
     """mamba_dt_rank, where "auto" is hidden_size / 16, rounded up."""
     automatic = -(-hidden // 16)
-    if raw.get("mamba_dt_rank") == "auto":
-        return automatic
-    return fields.integer("mamba_dt_rank", automatic)
-
-
-def _layer_tensors(config: JambaConfig, layer_idx: int) -> dict[str, TensorSlice]:
-    hidden, width = config.hidden_size, config.expert_width
-    prefix = f"model.layers.{layer_idx}."
-    tensors = {n: whole(f"{prefix}{n}.weight", (hidden,)) for n in _NORMS}
-    if config.is_attention_layer(layer_idx):
-        kv_rows = config.num_kv_heads * config.head_dim
-        rows = {"q": hidden, "k": kv_rows, "v": kv_rows, "o": hidden}
-        for name, count in rows.items():
-            tensors[name] = whole(f"{prefix}self_attn.{name}_proj.weight", (count, hidden))
-    else:
-        mixer = mixer_tensors(
-            f"{prefix}mamba.",
-            hidden=hidden,
-            inner=config.mamba_width,
-            state=config.mamba_state,
-            kernel=config.mamba_kernel,
-            rank=config.mamba_rank,
-            conv_bias=config.mamba_conv_bias,
-            proj_bias=config.mamba_proj_bias,
-        )
-        tensors.update({f"{_MIXER}{name}": part for name, part in mixer.items()})
-    ffn = f"{prefix}feed_forward."
-    if config.is_moe_layer(layer_idx):
-        tensors["gate"] = whole(f"{ffn}router.weight", (config.num_experts, hidden))
-    else:
-        tensors["gate_proj"] = whole(f"{ffn}gate_proj.weight", (width, hidden))
-        tensors["up_proj"] = whole(f"{ffn}up_proj.weight", (width, hidden))
-        tensors["down_proj"] = whole(f"{ffn}down_proj.weight", (hidden, width))
-    return tensors
-
-
-class JambaLayer:
-    """One Jamba layer without its routed experts."""
-
-    def __init__(
-        self, config: JambaConfig, layer_idx: int, attention: PagedAttention, state: SelectiveState
-    ) -> None:
-        self.layer_idx = layer_idx
-        self.is_moe = config.is_moe_layer(layer_idx)
-        self._config = config
-        self._attention = attention
-        self._state = state
-        self._weights: dict[str, Tensor] = {}
-        self._mixer: MambaMixer | None = None
-        self._dense: ExpertWeights | None = None
-
-    def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
-        """Norm, Mamba or attention, residual, norm."""
-        w, eps = self._weights, self._config.norm_eps
-        h = rms_norm(x, w["input_layernorm"], eps)
-        if isinstance(cache, StateCache):
-            assert self._mixer is not None, f"layer {self.layer_idx} is an attention layer"
-            residual = x + self._mixer(h, meta, cache)
-        else:
-            residual = x + self._attend(h, meta, cache)
-        return residual, rms_norm(residual, w["pre_ff_layernorm"], eps)
-
-    def _attend(self, h: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
-        """Causal attention without any positional encoding."""
-        config = self._config
-        heads = linear(h, self._weights["qkv"]).view(h.shape[0], -1, config.head_dim)
-        q, k, v = torch.split_with_sizes(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
-        )
-        return linear(self._attention(q, k, v, meta, cache), self._weights["o"])
-
-    def gate(self, h: Tensor) -> Routing:
-        """float32 softmax over all experts; the top-k weights are not renormalised."""
-        logits = linear(h, self._weights["gate"])
-        return routing(logits, *softmax_top_k(logits, self._config.top_k))
-
-    def mlp(self, h: Tensor) -> Tensor:
-        """The FFN of a dense layer."""
-        assert self._dense is not None, f"layer {self.layer_idx} is a mixture of experts"
-        return feed_forward(h, self._dense, silu)
-
-    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
-        """residual + FFN output."""
-        return residual + outputs
-
-    def tensors(self) -> dict[str, TensorSlice]:
-        """The layer's parameters and where they are read from."""
-        return _layer_tensors(self._config, self.layer_idx)
-
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Take the parameters named by `tensors()`; q, k and v become one matrix."""
-        parts = dict(weights)
-        if "q" in parts:
-            parts["qkv"] = torch.cat([parts.pop(name) for name in "qkv"])
-        else:
-            names = [name for name in parts if name.startswith(_MIXER)]
-            mixer = {name.removeprefix(_MIXER): parts.pop(name) for name in names}
-            self._mixer = MambaMixer(mixer, self._state, self._config.norm_eps)
-        if not self.is_moe:
-            dense = (parts.pop(f"{name}_proj") for name in ("gate", "up", "down"))
-            self._dense = ExpertWeights(*dense)
-        self._weights = parts
+    return (
+        automatic if fields.is_auto("mamba_dt_rank") else fields.integer("mamba_dt_rank", automatic)
+    )

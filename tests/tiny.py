@@ -15,8 +15,10 @@ from transformers import (
     DbrxForCausalLM,
     JambaConfig,
     JambaForCausalLM,
+    JambaForSequenceClassification,
     PhimoeConfig,
     PhimoeForCausalLM,
+    PhimoeForSequenceClassification,
 )
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -77,6 +79,10 @@ _CLASSES: dict[str, tuple[Any, Any]] = {
     "phimoe": (PhimoeConfig, PhimoeForCausalLM),
     "jamba": (JambaConfig, JambaForCausalLM),
 }
+_CLASSIFIERS: dict[str, Any] = {
+    "phimoe": PhimoeForSequenceClassification,
+    "jamba": JambaForSequenceClassification,
+}
 
 
 def write_tiny(
@@ -86,12 +92,13 @@ def write_tiny(
     *,
     dtype: torch.dtype = torch.float32,
     max_shard_size: str = "1GB",
+    classifier: bool = False,
     **overrides: Any,
 ) -> Path:
     """Save a random checkpoint of `family` into `folder`; `overrides` are config.json keys.
 
     A dict override replaces only the keys it names. Small `max_shard_size` (`40KB`) gives a
-    sharded checkpoint with an index.
+    sharded checkpoint with an index; `classifier` one that ends in a classification head.
     """
     options: dict[str, Any] = {"vocab_size": VOCAB_SIZE, **_DEFAULTS[family]}
     for key, value in overrides.items():
@@ -101,6 +108,8 @@ def write_tiny(
         )
         options[key] = merged
     config_class, model_class = _CLASSES[family]
+    if classifier:
+        model_class = _CLASSIFIERS[family]
     model = model_class(config_class(**options))
     _randomise(model, torch.Generator().manual_seed(seed))
     model.to(dtype).save_pretrained(folder, max_shard_size=max_shard_size)

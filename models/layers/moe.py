@@ -12,8 +12,9 @@ from models.layers.rowwise import linear, pad_rows
 
 def feed_forward(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
     """act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ of [R, D] rows, R a multiple of the row tile."""
-    hidden = activation(linear(x, weights.gate)) * linear(x, weights.up)
-    return linear(hidden, weights.down)
+    gate = linear(x, weights.gate, scale=weights.gate_scale)
+    hidden = activation(gate) * linear(x, weights.up, scale=weights.up_scale)
+    return linear(hidden, weights.down, scale=weights.down_scale)
 
 
 def expert_rows(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:

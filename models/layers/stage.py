@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,9 @@ FinalNorm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
 class LoadableLayer(DecoderLayer, Protocol):
     """A decoder layer that names its parameters and takes them."""
+
+    quantizable: frozenset[str]
+    """Those of the parameters that may be int8, where the layer has them."""
 
     def tensors(self) -> dict[str, TensorSlice]:
         """The layer's parameters and where they are read from."""
@@ -50,6 +54,9 @@ class Stage:
         for layer in layers:
             for name, part in layer.tensors().items():
                 self._slices[f"layers.{layer.layer_idx}.{name}"] = part
+        self._quantizable = self._slices.keys() & {
+            f"layers.{layer.layer_idx}.{name}" for layer in layers for name in layer.quantizable
+        }
         self._embedding: Tensor | None = None
         self._head: dict[str, Tensor] = {}
 
@@ -74,15 +81,23 @@ class Stage:
         """Every parameter of the stage by its own name."""
         return dict(self._slices)
 
+    def quantizable(self) -> frozenset[str]:
+        """The parameters that may be int8."""
+        return frozenset(self._quantizable)
+
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take all parameters; ValueError names one that is missing, unknown or misshapen."""
-        for name, part in self._slices.items():
+        shapes = {name: part.shape for name, part in self._slices.items()}
+        for name in self._quantizable & weights.keys():
+            if weights[name].dtype == torch.int8:
+                shapes[f"{name}_scale"] = shapes[name][:1]
+        for name, expected in shapes.items():
             if name not in weights:
                 raise ValueError(f"parameter {name} is missing")
-            if tuple(weights[name].shape) != part.shape:
+            if tuple(weights[name].shape) != expected:
                 shape = tuple(weights[name].shape)
-                raise ValueError(f"parameter {name} has shape {shape}, expected {part.shape}")
-        unknown = sorted(weights.keys() - self._slices.keys())
+                raise ValueError(f"parameter {name} has shape {shape}, expected {expected}")
+        unknown = sorted(weights.keys() - shapes.keys())
         if unknown:
             raise ValueError(f"parameter {unknown[0]} does not belong to this stage")
         self._embedding = weights.get("embedding")

@@ -37,12 +37,14 @@ def read_checkpoint(folder: Path) -> dict[str, Tensor]:
 
 def read_slice(checkpoint: Checkpoint, part: TensorSlice, dtype: torch.dtype) -> Tensor:
     """What a loader must return for one `TensorSlice`."""
+    if part.parts:
+        return torch.cat([read_slice(checkpoint, leaf, dtype) for leaf in part.parts])
     source = next(s for s in part.sources if s.name in checkpoint)
     tensor = checkpoint[source.name]
     if source.index is not None:
         tensor = tensor[source.index]
     tensor = tensor[source.start : source.stop]
-    if part.transpose:
+    if source.transpose:
         tensor = tensor.t()
     assert tuple(tensor.shape) == part.shape
     return tensor.to(dtype).contiguous().clone()
@@ -99,7 +101,9 @@ class Served:
     @classmethod
     def open(cls, folder: Path, dtype: torch.dtype = torch.float32, **options: object) -> Served:
         """Load a checkpoint folder."""
-        return cls(load_config(folder), read_checkpoint(folder), dtype, **options)  # type: ignore[arg-type]
+        tensors = read_checkpoint(folder)
+        config = load_config(folder).with_tensors(frozenset(tensors))
+        return cls(config, tensors, dtype, **options)  # type: ignore[arg-type]
 
     def _cache(self, layer: int, num_blocks: int) -> LayerCache:
         shape = self.config.cache_shape(layer)
@@ -123,6 +127,19 @@ class Served:
     @torch.no_grad()
     def step(self, chunks: Sequence[Chunk]) -> list[Tensor]:
         """Logits [len(tokens), V] of each chunk, all computed in one packed batch."""
+        return self._split(self.stages[-1].logits(self._normed(chunks)), chunks)
+
+    @torch.no_grad()
+    def scores(self, chunks: Sequence[Chunk]) -> list[Tensor]:
+        """Classification scores [len(tokens), num_labels] of each chunk, likewise."""
+        return self._split(self.stages[-1].scores(self._normed(chunks)), chunks)
+
+    def _split(self, rows: Tensor, chunks: Sequence[Chunk]) -> list[Tensor]:
+        counts = [len(c.tokens) for c in chunks]
+        return list(rows[: sum(counts)].split(counts))
+
+    def _normed(self, chunks: Sequence[Chunk]) -> Tensor:
+        """[R, D] rows after the final norm, padding included."""
         meta = self._meta(chunks)
         tokens = [t for c in chunks for t in c.tokens]
         ids = torch.zeros(meta.num_rows, dtype=torch.int64)
@@ -136,8 +153,7 @@ class Served:
                 else:
                     outputs = layer.mlp(h)
                 x = layer.combine(residual, outputs)
-        logits = self.stages[-1].logits(self.stages[-1].norm(x))[: meta.num_tokens]
-        return list(logits.split([len(c.tokens) for c in chunks]))
+        return self.stages[-1].norm(x)
 
     def _meta(self, chunks: Sequence[Chunk]) -> BatchMeta:
         counts = [len(c.tokens) for c in chunks]

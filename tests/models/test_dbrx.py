@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from models.registry import load_config
+from tests.layouts import split_dbrx_experts
 from tests.models.driver import Chunk, Served, in_chunks, read_checkpoint, tokens_of
 from tests.models.oracle import (
     assert_all_ways,
@@ -107,8 +108,16 @@ def test_bfloat16_every_way(tmp_path: Path) -> None:
 def test_expert_slices_are_rows_of_the_stacked_tensors(tmp_path: Path) -> None:
     config = load_config(tiny("dbrx", tmp_path))
     parts = config.expert_tensors(1, 3)
-    rows = [(s.name, s.start, s.stop) for part in parts.values() for s in part.sources]
+    stacked = [part.sources[0] for part in parts.values()]
+    rows = [(source.name, source.start, source.stop) for source in stacked]
     prefix = "transformer.blocks.1.ffn.experts.mlp."
     assert rows == [(prefix + name, 144, 192) for name in ("w1", "v1", "w2")]
-    assert parts["down"].transpose
+    assert [source.transpose for source in stacked] == [False, False, True]
     assert parts["down"].shape == (64, 48)
+
+
+def test_mlx_layout_of_the_experts_gives_the_same_bits(tmp_path: Path) -> None:
+    folder = tiny("dbrx", tmp_path, n_layers=2)
+    expected = Served.open(folder).step([Chunk(0, 0, TOKENS)])[0]
+    split_dbrx_experts(folder)
+    assert_same_bits(Served.open(folder).step([Chunk(0, 0, TOKENS)])[0], expected, "mlx layout")

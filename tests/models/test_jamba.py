@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.driver import Chunk, Served, in_chunks, read_checkpoint, tokens_of
+from tests.layouts import fuse
+from tests.models.driver import Chunk, Served, in_chunks, tokens_of
 from tests.models.oracle import (
     assert_all_ways,
     assert_close,
     assert_same_bits,
     reference,
     tiny,
-    write_checkpoint,
 )
 
 TOKENS = tokens_of(1, 40)
@@ -52,6 +52,7 @@ SHORT = schedule((2, 1), (2, 1), 2)
         pytest.param({**SHORT, "mamba_expand": 3, "num_key_value_heads": 1}, id="expand 3, MQA"),
         pytest.param({**SHORT, "mamba_expand": 1, "rms_norm_eps": 0.1}, id="expand 1, large eps"),
         pytest.param({**SHORT, "tie_word_embeddings": True}, id="tied"),
+        pytest.param({**SHORT, "head_dim": 32}, id="wide heads"),
     ],
 )
 def test_matches_transformers_every_way(tmp_path: Path, overrides: dict[str, Any]) -> None:
@@ -113,14 +114,5 @@ def test_bfloat16_every_way(tmp_path: Path) -> None:
 def test_fused_expert_names_give_the_same_bits(tmp_path: Path) -> None:
     folder = tiny("jamba", tmp_path, **SHORT)
     expected = Served.open(folder).step([Chunk(0, 0, TOKENS)])[0]
-    hub = read_checkpoint(folder)
-    fused = {n: t for n, t in hub.items() if ".experts." not in n}
-    prefix = "model.layers.1.feed_forward.experts."
-    gate, up, down = (
-        torch.stack([hub[f"{prefix}{e}.{name}_proj.weight"] for e in range(4)])
-        for name in ("gate", "up", "down")
-    )
-    fused[f"{prefix}gate_up_proj"] = torch.cat([gate, up], dim=1)
-    fused[f"{prefix}down_proj"] = down
-    write_checkpoint(folder, fused)
+    fuse(folder)
     assert_same_bits(Served.open(folder).step([Chunk(0, 0, TOKENS)])[0], expected, "fused names")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from models.registry import load_config
-from tests.models.driver import Chunk, Served, in_chunks, read_checkpoint, tokens_of
+from tests.layouts import fuse
+from tests.models.driver import Chunk, Served, in_chunks, tokens_of
 from tests.models.oracle import (
     assert_all_ways,
     assert_close,
@@ -17,7 +18,6 @@ from tests.models.oracle import (
     edit_config,
     reference,
     tiny,
-    write_checkpoint,
 )
 
 TOKENS = tokens_of(1, 40)
@@ -128,28 +128,5 @@ def test_bfloat16_every_way(tmp_path: Path) -> None:
 def test_fused_names_give_the_same_bits(tmp_path: Path) -> None:
     folder = tiny("phimoe", tmp_path, num_hidden_layers=2)
     expected = logits(folder, TOKENS)
-    hub = read_checkpoint(folder)
-    fused = {n: t for n, t in hub.items() if "block_sparse_moe" not in n}
-    for layer in range(2):
-        prefix, moe = f"model.layers.{layer}.mlp.", f"model.layers.{layer}.block_sparse_moe."
-        fused[f"{prefix}router.weight"] = hub[f"{moe}gate.weight"]
-        w1, w2, w3 = (
-            torch.stack([hub[f"{moe}experts.{e}.{name}.weight"] for e in range(4)])
-            for name in ("w1", "w2", "w3")
-        )
-        fused[f"{prefix}experts.gate_up_proj"] = torch.cat([w1, w3], dim=1)
-        fused[f"{prefix}experts.down_proj"] = w2
-    write_checkpoint(folder, fused)
+    fuse(folder)
     assert_same_bits(logits(folder, TOKENS), expected, "fused names")
-
-
-def test_a_head_in_a_tied_file_counts(tmp_path: Path) -> None:
-    folder = tiny("phimoe", tmp_path, num_hidden_layers=2, tie_word_embeddings=True)
-    tied = logits(folder, TOKENS)
-    tensors = read_checkpoint(folder)
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0).contiguous()
-    write_checkpoint(folder, tensors)
-    expected = reference(folder, TOKENS)
-    assert not torch.allclose(tied, expected, atol=1e-2)
-    assert_close(logits(folder, TOKENS), expected)

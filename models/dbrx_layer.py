@@ -1,0 +1,98 @@
+"""A DBRX block: clamped, fused QKV with RoPE, and a softmax gate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.checkpoint_map import whole
+from models.interface import (
+    BatchMeta,
+    KVCache,
+    LayerCache,
+    Routing,
+    TensorSlice,
+)
+from models.layers.attention import PagedAttention
+from models.layers.moe import divide_by_p_norm, routing, softmax_top_k
+from models.layers.norm import layer_norm
+from models.layers.rope import RotaryEmbedding
+from models.layers.rowwise import linear, project
+
+if TYPE_CHECKING:
+    from models.dbrx import DbrxConfig
+
+# torch's LayerNorm default; DBRX configurations do not carry it.
+NORM_EPS = 1e-5
+
+
+def layer_tensors(config: DbrxConfig, layer_idx: int) -> dict[str, TensorSlice]:
+    """One layer's parameters by its own names, without routed experts."""
+    hidden = config.hidden_size
+    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    prefix = f"transformer.blocks.{layer_idx}."
+    attn = prefix + "norm_attn_norm."
+    return {
+        "norm_1": whole(attn + "norm_1.weight", (hidden,)),
+        "qkv": whole(attn + "attn.Wqkv.weight", (qkv_rows, hidden)),
+        "out": whole(attn + "attn.out_proj.weight", (hidden, hidden)),
+        "norm_2": whole(attn + "norm_2.weight", (hidden,)),
+        "gate": whole(prefix + "ffn.router.layer.weight", (config.num_experts, hidden)),
+    }
+
+
+class DbrxLayer:
+    """One DBRX block without its experts."""
+
+    is_moe = True
+    quantizable = frozenset({"qkv", "out"})
+
+    def __init__(
+        self, config: DbrxConfig, layer_idx: int, attention: PagedAttention, rope: RotaryEmbedding
+    ) -> None:
+        self.layer_idx = layer_idx
+        self._config = config
+        self._attention = attention
+        self._rope = rope
+        self._weights: dict[str, Tensor] = {}
+
+    def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """norm_1, attention, residual, norm_2: the second norm reads the new residual."""
+        assert isinstance(cache, KVCache)
+        w, config = self._weights, self._config
+        qkv = project(layer_norm(x, w["norm_1"], None, NORM_EPS), w, "qkv")
+        if config.clip_qkv is not None:
+            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
+        heads = qkv.view(x.shape[0], -1, config.head_dim)
+        q, k, v = torch.split_with_sizes(
+            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        )
+        q, k = self._rope.rotate(q, meta), self._rope.rotate(k, meta)
+        residual = x + project(self._attention(q, k, v, meta, cache), w, "out")
+        return residual, layer_norm(residual, w["norm_2"], None, NORM_EPS)
+
+    def gate(self, h: Tensor) -> Routing:
+        """Softmax over all experts, top-k, then the p-norm."""
+        logits = linear(h, self._weights["gate"])
+        ids, weights = softmax_top_k(logits, self._config.top_k)
+        if self._config.expert_weight_norm is not None:
+            weights = divide_by_p_norm(weights, self._config.expert_weight_norm)
+        return routing(logits, ids, weights)
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """DBRX has no dense layers: never called."""
+        raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
+
+    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
+        """residual + expert outputs."""
+        return residual + outputs
+
+    def tensors(self) -> dict[str, TensorSlice]:
+        """The layer's parameters and where they are read from."""
+        return layer_tensors(self._config, self.layer_idx)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the parameters named by `tensors()`."""
+        self._weights = weights

@@ -1,0 +1,139 @@
+"""A Jamba layer: a Mamba mixer or attention, a gate or a dense FFN."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from models.checkpoint_map import stacked, whole
+from models.interface import (
+    BatchMeta,
+    ExpertWeights,
+    KVCache,
+    LayerCache,
+    Routing,
+    StateCache,
+    TensorSlice,
+)
+from models.jamba_mixer import MambaMixer, mixer_tensors
+from models.layers.activation import silu
+from models.layers.attention import PagedAttention
+from models.layers.mamba import SelectiveState
+from models.layers.moe import feed_forward, routing, softmax_top_k
+from models.layers.norm import rms_norm
+from models.layers.rowwise import linear, project
+
+if TYPE_CHECKING:
+    from models.jamba import JambaConfig
+
+_NORMS = ("input_layernorm", "pre_ff_layernorm")
+_MIXER = "mamba."
+
+
+def layer_tensors(config: JambaConfig, layer_idx: int) -> dict[str, TensorSlice]:
+    """One layer's parameters by its own names, without routed experts."""
+    hidden, width = config.hidden_size, config.expert_width
+    prefix = f"model.layers.{layer_idx}."
+    tensors = {n: whole(f"{prefix}{n}.weight", (hidden,)) for n in _NORMS}
+    if config.is_attention_layer(layer_idx):
+        kv_rows = config.num_kv_heads * config.head_dim
+        q_rows = config.num_heads * config.head_dim
+        attn, rows = prefix + "self_attn.", {"q": q_rows, "k": kv_rows, "v": kv_rows}
+        tensors["qkv"] = stacked(
+            *(whole(f"{attn}{name}_proj.weight", (count, hidden)) for name, count in rows.items())
+        )
+        tensors["o"] = whole(f"{attn}o_proj.weight", (hidden, q_rows))
+    else:
+        mixer = mixer_tensors(
+            f"{prefix}mamba.",
+            hidden=hidden,
+            inner=config.mamba_width,
+            state=config.mamba_state,
+            kernel=config.mamba_kernel,
+            rank=config.mamba_rank,
+            conv_bias=config.mamba_conv_bias,
+            proj_bias=config.mamba_proj_bias,
+        )
+        tensors.update({f"{_MIXER}{name}": part for name, part in mixer.items()})
+    ffn = f"{prefix}feed_forward."
+    if config.is_moe_layer(layer_idx):
+        tensors["gate"] = whole(f"{ffn}router.weight", (config.num_experts, hidden))
+    else:
+        tensors["gate_proj"] = whole(f"{ffn}gate_proj.weight", (width, hidden))
+        tensors["up_proj"] = whole(f"{ffn}up_proj.weight", (width, hidden))
+        tensors["down_proj"] = whole(f"{ffn}down_proj.weight", (hidden, width))
+    return tensors
+
+
+class JambaLayer:
+    """One Jamba layer without its routed experts."""
+
+    quantizable = frozenset({"qkv", "o", "gate_proj", "up_proj", "down_proj"})
+    """Nothing inside the Mamba mixer."""
+
+    def __init__(
+        self, config: JambaConfig, layer_idx: int, attention: PagedAttention, state: SelectiveState
+    ) -> None:
+        self.layer_idx = layer_idx
+        self.is_moe = config.is_moe_layer(layer_idx)
+        self._config = config
+        self._attention = attention
+        self._state = state
+        self._weights: dict[str, Tensor] = {}
+        self._mixer: MambaMixer | None = None
+        self._dense: ExpertWeights | None = None
+
+    def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
+        """Norm, Mamba or attention, residual, norm."""
+        w, eps = self._weights, self._config.norm_eps
+        h = rms_norm(x, w["input_layernorm"], eps)
+        if isinstance(cache, StateCache):
+            assert self._mixer is not None, f"layer {self.layer_idx} is an attention layer"
+            residual = x + self._mixer(h, meta, cache)
+        else:
+            residual = x + self._attend(h, meta, cache)
+        return residual, rms_norm(residual, w["pre_ff_layernorm"], eps)
+
+    def _attend(self, h: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
+        """Causal attention without any positional encoding."""
+        config = self._config
+        heads = project(h, self._weights, "qkv").view(h.shape[0], -1, config.head_dim)
+        q, k, v = torch.split_with_sizes(
+            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
+        )
+        return project(self._attention(q, k, v, meta, cache), self._weights, "o")
+
+    def gate(self, h: Tensor) -> Routing:
+        """float32 softmax over all experts; the top-k weights are not renormalised."""
+        logits = linear(h, self._weights["gate"])
+        return routing(logits, *softmax_top_k(logits, self._config.top_k))
+
+    def mlp(self, h: Tensor) -> Tensor:
+        """The FFN of a dense layer."""
+        assert self._dense is not None, f"layer {self.layer_idx} is a mixture of experts"
+        return feed_forward(h, self._dense, silu)
+
+    def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
+        """residual + FFN output."""
+        return residual + outputs
+
+    def tensors(self) -> dict[str, TensorSlice]:
+        """The layer's parameters and where they are read from."""
+        return layer_tensors(self._config, self.layer_idx)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take the parameters named by `tensors()`."""
+        parts = dict(weights)
+        if "qkv" not in parts:
+            names = [name for name in parts if name.startswith(_MIXER)]
+            mixer = {name.removeprefix(_MIXER): parts.pop(name) for name in names}
+            self._mixer = MambaMixer(mixer, self._state, self._config.norm_eps)
+        if not self.is_moe:
+            matrices = ("gate_proj", "up_proj", "down_proj")
+            self._dense = ExpertWeights(
+                *(parts.pop(name) for name in matrices),
+                *(parts.pop(f"{name}_scale", None) for name in matrices),
+            )
+        self._weights = parts
