@@ -28,10 +28,12 @@ class ExpertBank:
 
     @property
     def num_bytes(self) -> int:
-        """Memory that the weights take."""
-        return sum(
-            tensor.nbytes for w in self._weights.values() for tensor in (w.gate, w.up, w.down)
+        """Memory that the weights take, scales of int8 ones included."""
+        parts = (
+            (w.gate, w.up, w.down, w.gate_scale, w.up_scale, w.down_scale)
+            for w in self._weights.values()
         )
+        return sum(part.nbytes for expert in parts for part in expert if part is not None)
 
     def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
         """Unweighted outputs [n, D] of `rows` [n, D], in their order.
