@@ -1,4 +1,7 @@
-"""`conclave serve | check | demo`. Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted."""
+"""`conclave serve | check | quantize | demo`.
+
+Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +65,9 @@ def serve(
         str | None, _option("--kv-cache-memory", help="Such as 2GiB.")
     ] = None,
     block_size: Annotated[str | None, _option("--block-size", help="Tokens per KV block.")] = None,
-    quantization: Annotated[str | None, _option("--quantization", help="none.")] = None,
+    quantization: Annotated[
+        str | None, _option("--quantization", help="none, int8 (experts), int8-all.")
+    ] = None,
     attention_backend: Annotated[
         str | None, _option("--attention-backend", help="auto, torch.")
     ] = None,
@@ -108,11 +113,31 @@ def serve(
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or nano model.")],
+    stages: Annotated[str | None, _option("--stages", help="Stage actors.")] = None,
+    expert_shards: Annotated[str | None, _option("--expert-shards", help="Expert actors.")] = None,
+    expert_replicas: Annotated[
+        str | None, _option("--expert-replicas", help="Copies of each expert.")
+    ] = None,
 ) -> None:
-    """Say whether a checkpoint can be served, without reading its weights."""
+    """Say whether a checkpoint can be served, and what each actor reads, from headers alone."""
+    given = {key: value for key, value in locals().items() if value is not None}
     from deploy.check import check_model
 
-    sys.exit(check_model(model))
+    sys.exit(check_model(given))
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or nano model.")],
+    outdir: Annotated[Path, typer.Argument(help="Folder to write, empty or not there yet.")],
+    quantization: Annotated[
+        str, typer.Option(help="int8 (experts), int8-all (attention and dense linears too).")
+    ] = "int8",
+) -> None:
+    """Write a copy of a checkpoint whose weights are int8 already."""
+    from deploy.quantize import quantize_model
+
+    sys.exit(quantize_model(model, outdir, quantization))
 
 
 @app.command()

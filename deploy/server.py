@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import signal
 import socket
@@ -12,7 +13,8 @@ from types import FrameType
 
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
-from deploy.resolve import num_cpus, resolve
+from deploy.resolve import ResolvedArgs, num_cpus, resolve
+from shards.logs import log_to_stderr
 
 _EXIT_INTERRUPTED = 130
 
@@ -70,6 +72,27 @@ def _drain(name: str) -> None:
         time.sleep(0.1)
 
 
+def _run(resolved: ResolvedArgs) -> None:
+    """Start the application and wait for it, showing how far its loading is."""
+    from ray import serve
+
+    from deploy.app import application
+    from deploy.load_bar import loading_shown
+    from shards.checkpoint import open_model
+    from shards.load_board import bytes_read, open_board
+    from shards.load_plan import plan_loading
+
+    name = application_name(resolved.served_model_name)
+    loads = plan_loading(resolved.spec, *open_model(resolved.model_path))
+    total = resolved.min_replicas * sum(load.num_bytes for load in loads)
+    board = f"conclave/{name}"  # what the names of its actors begin with
+    with (
+        open_board(board),
+        loading_shown(resolved.served_model_name, total, lambda: bytes_read(board)),
+    ):
+        serve.run(application(resolved), name=name)
+
+
 def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     """Serve until SIGTERM (0) or SIGINT (130); 1 when the model cannot be started.
 
@@ -83,17 +106,16 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     except OSError as error:
         print(f"conclave: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
         return 1
+    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()])
     signals = _Signals()
     signals.install()
     try:
         with ray_session(num_cpus(resolved), args.log_level):
             from ray import serve
 
-            from deploy.app import application
-
             try:
                 serve.start(http_options={"host": host, "port": port})
-                serve.run(application(resolved), name=application_name(resolved.served_model_name))
+                _run(resolved)
             except Exception as error:
                 print(f"conclave: cannot serve: {error}", file=sys.stderr)
                 return 1

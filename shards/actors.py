@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import ray
 
 from router.transport.sockets import SocketTransport
 from shards.control import Started
+from shards.load_board import reporter
+from shards.load_progress import Report
+from shards.logs import log_to_stderr
 from shards.spec import WorkerSpec
 from shards.worker import RunsForever, make_worker
+
+log = logging.getLogger("conclave.actors")
 
 
 class _Shell:
     """`start` loads, `run` is the data loop that never returns: its end is the death watch."""
 
-    def __init__(self, spec: WorkerSpec) -> None:
+    def __init__(self, spec: WorkerSpec, log_level: int) -> None:
+        log_to_stderr(log_level)
         self._spec = spec
         self._worker: RunsForever | None = None
 
@@ -27,13 +34,21 @@ class _Shell:
         """Load the weights and listen, on TCP too when the group spans nodes."""
         host = ray.util.get_node_ip_address() if across_nodes else None
         transport = SocketTransport(self._spec.peer, self._spec.group.secret, tcp_host=host)
-        self._worker = make_worker(self._spec, transport)
+        self._worker = make_worker(self._spec, transport, self._reporter())
         return Started(
             address=transport.address,
             pid=os.getpid(),
             node_id=self.node_id(),
             bytes_read=self._worker.bytes_read,
         )
+
+    def _reporter(self) -> Report | None:
+        name = ray.get_runtime_context().get_actor_name()
+        try:
+            return reporter(name, self._spec)
+        except Exception as error:  # Ray raises many kinds; none of them may stop the loading
+            log.warning("%s: progress is not reported: %s", name, error)
+            return None
 
     def run(self) -> None:
         """The data loop."""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from models.interface import TensorSlice, TensorSource
+from models.interface import ModelConfig, TensorSlice, TensorSource
+from models.registry import load_config
+from router.transport.tensors import tensor_buffer
+from shards.load_progress import OnRead
+from shards.safetensors_file import StoredTensor, opened, read_exactly, read_header
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -21,6 +25,9 @@ _DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_INT8 = {"I8": torch.int8}
+_PIECE_BYTES = 2**20
+"""Read at a time: what is converted or transposed stays in the second-level cache."""
 
 
 class CheckpointError(ValueError):
@@ -34,15 +41,15 @@ class Checkpoint:
     only when asked for. Raises CheckpointError.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, on_read: OnRead | None = None) -> None:
         self.path = Path(path)
         self.bytes_read = 0
         """Bytes of tensor data read so far."""
-        self._files: dict[str, Any] = {}
-        """Open file of each tensor."""
-        self._tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._on_read = on_read
+        self._tensors: dict[str, StoredTensor] = {}
+        self._count(0)
         for file, listed in self._listed_files().items():
-            self._open(self.path / file, listed)
+            self._add_file(self.path / file, listed)
 
     @property
     def names(self) -> frozenset[str]:
@@ -51,11 +58,13 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape on disk. Raises CheckpointError when there is no such tensor."""
-        return self._entry(name)[0]
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
-        """Dtype on disk. Raises CheckpointError when it is not a floating-point one."""
-        spelling = self._entry(name)[1]
+        """Dtype on disk: a floating-point one, or int8. Raises CheckpointError otherwise."""
+        spelling = self._entry(name).dtype
+        if spelling in _INT8:
+            return _INT8[spelling]
         if spelling not in _DTYPES:
             raise CheckpointError(
                 f"{self.path}: tensor {name} has dtype {spelling}; allowed: {', '.join(_DTYPES)}"
@@ -70,26 +79,75 @@ class Checkpoint:
         spellings = " or ".join(source.name for source in wanted.sources)
         raise CheckpointError(f"{self.path}: missing tensor {spellings}")
 
+    def num_bytes(self, wanted: TensorSlice) -> int:
+        """Bytes that `read` would read. Raises CheckpointError."""
+        return sum(
+            math.prod(leaf.shape) * self.dtype(self.find(leaf).name).itemsize
+            for leaf in wanted.leaves
+        )
+
     def read(
         self, wanted: TensorSlice, dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> Tensor:
-        """The wanted rows alone, contiguous, in memory of their own. Raises CheckpointError."""
+        """The wanted rows alone, contiguous, in memory of their own. Raises CheckpointError.
+
+        Takes no more memory than the result and a small buffer.
+        """
+        owned = torch.empty(wanted.shape, dtype=dtype, device=device)
+        start = 0
+        for leaf in wanted.leaves:
+            self._read_into(owned[start : start + leaf.shape[0]], leaf)
+            start += leaf.shape[0]
+        return owned
+
+    def _read_into(self, target: Tensor, wanted: TensorSlice) -> None:
         source = self.find(wanted)
-        self.dtype(source.name)
-        if not _fits(self.shape(source.name), extent_on_disk(wanted, source), source):
+        stored, dtype = self._entry(source.name), self.dtype(source.name)
+        if (dtype is torch.int8) != (target.dtype is torch.int8):
             raise CheckpointError(
-                f"{self.path}: tensor {source.name} has shape {list(self.shape(source.name))}, "
+                f"{self.path}: tensor {source.name} has dtype {stored.dtype}; "
+                f"it cannot be read as {target.dtype}"
+            )
+        if not _fits(stored.shape, extent_on_disk(wanted, source), source):
+            raise CheckpointError(
+                f"{self.path}: tensor {source.name} has shape {list(stored.shape)}, "
                 f"not {list(extent_on_disk(wanted, source))}"
             )
-        entry: Any = self._files[source.name].get_slice(source.name)
-        rows = slice(source.start, source.stop)
-        values: Tensor = entry[rows] if source.index is None else entry[source.index, rows]
-        self.bytes_read += values.nbytes
-        # Always a copy: a view of the mapped file would change, or crash us, if the file did.
-        owned = torch.empty(wanted.shape, dtype=dtype, device=device)
-        return owned.copy_(values.t() if wanted.transpose else values)
+        # Whatever is wanted lies in one run of bytes: rows of a matrix, or of one of a stack.
+        first = source.start or 0
+        if source.index is not None:
+            first += source.index * stored.shape[1]
+        rows = target.t() if source.transpose else target
+        row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
+        try:
+            self._fill(rows, stored, stored.offset + first * row_bytes, dtype)
+        except (OSError, EOFError) as error:
+            raise CheckpointError(
+                f"{stored.file}: tensor {source.name} cannot be read: {error}"
+            ) from error
 
-    def _entry(self, name: str) -> tuple[tuple[int, ...], str]:
+    def _fill(self, rows: Tensor, stored: StoredTensor, offset: int, dtype: torch.dtype) -> None:
+        """Read all `rows` from `offset` on, piece by piece, through a buffer if need be."""
+        row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
+        step = max(1, _PIECE_BYTES // max(1, row_bytes))
+        in_place = rows.dtype == dtype and rows.is_cpu and rows.is_contiguous()
+        shape = (min(step, len(rows)), *rows.shape[1:])
+        buffer = None if in_place else torch.empty(shape, dtype=dtype)
+        with opened(stored.file) as descriptor:
+            for start in range(0, len(rows), step):
+                part = rows[start : start + step]
+                piece = part if buffer is None else buffer[: len(part)]
+                read_exactly(descriptor, offset + start * row_bytes, tensor_buffer(piece))
+                if buffer is not None:
+                    part.copy_(piece)
+                self._count(piece.nbytes)
+
+    def _count(self, num_bytes: int) -> None:
+        self.bytes_read += num_bytes
+        if self._on_read is not None:
+            self._on_read(num_bytes)
+
+    def _entry(self, name: str) -> StoredTensor:
         if name not in self._tensors:
             raise CheckpointError(f"{self.path}: missing tensor {name}")
         return self._tensors[name]
@@ -112,27 +170,32 @@ class Checkpoint:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         return dict(sorted(files.items()))
 
-    def _open(self, file: Path, listed: set[str]) -> None:
+    def _add_file(self, file: Path, listed: set[str]) -> None:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing file")
         try:
-            opened: Any = safe_open(file, framework="pt")
+            tensors = read_header(file)
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{file}: corrupt or truncated file: {error}") from error
-        names = set(opened.keys())
-        for name in sorted(listed - names):
+        for name in sorted(listed - tensors.keys()):
             raise CheckpointError(f"{file}: the index promises tensor {name}, which is not in it")
-        for name in sorted(names):
-            if name in self._files:
-                raise CheckpointError(f"{file}: tensor {name} is in another file as well")
-            entry = opened.get_slice(name)
-            self._files[name] = opened
-            self._tensors[name] = (tuple(entry.get_shape()), entry.get_dtype())
+        for name in sorted(tensors.keys() & self._tensors.keys()):
+            raise CheckpointError(f"{file}: tensor {name} is in another file as well")
+        self._tensors.update(tensors)
+
+
+def open_model(path: Path | str, on_read: OnRead | None = None) -> tuple[ModelConfig, Checkpoint]:
+    """A folder's model, with every head that its files hold, and the files.
+
+    Raises ConfigError, CheckpointError, and OSError where there is no config.json.
+    """
+    config, checkpoint = load_config(Path(path)), Checkpoint(path, on_read)
+    return config.with_tensors(checkpoint.names), checkpoint
 
 
 def extent_on_disk(wanted: TensorSlice, source: TensorSource) -> tuple[int, ...]:
     """The least shape that the tensor on disk must have to hold `wanted`."""
-    shape = tuple(reversed(wanted.shape)) if wanted.transpose else wanted.shape
+    shape = tuple(reversed(wanted.shape)) if source.transpose else wanted.shape
     if source.stop is not None:
         shape = (source.stop, *shape[1:])
     return shape if source.index is None else (source.index + 1, *shape)

@@ -20,6 +20,7 @@ from router.step import (
 )
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.control import INGRESS, WorkerEvent
+from shards.load_progress import OnRead
 from shards.spec import WorkerSpec
 from shards.worker import Worker
 
@@ -134,7 +135,7 @@ class EngineWorker(Worker):
             self.stopping = True
 
 
-def make_engine_worker(spec: WorkerSpec, transport: Transport) -> EngineWorker:
+def make_engine_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> EngineWorker:
     """The engine of a group, with the whole model inside when the executor is local."""
     limits = spec.group.limits
     core = EngineCore(limits)
@@ -143,7 +144,7 @@ def make_engine_worker(spec: WorkerSpec, transport: Transport) -> EngineWorker:
         return EngineWorker(spec, transport, core, executor)
     from shards.local_executor import load_local_executor
 
-    local = load_local_executor(spec.group)
+    local = load_local_executor(spec.group, on_read)
     worker = EngineWorker(spec, transport, core, local)
     worker.bytes_read = local.bytes_read
     return worker

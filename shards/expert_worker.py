@@ -5,6 +5,7 @@ from __future__ import annotations
 from router.expert_call import expert_result, read_expert_call
 from router.transport.base import Frame, FrameKind, PeerLost, Transport
 from shards.expert_bank import ExpertBank
+from shards.load_progress import OnRead
 from shards.spec import WorkerSpec
 from shards.worker import Worker
 
@@ -30,25 +31,20 @@ class ExpertWorker(Worker):
             self.on_lost(peer)
 
 
-def make_expert_worker(spec: WorkerSpec, transport: Transport) -> ExpertWorker:
+def make_expert_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> ExpertWorker:
     """Load the experts that the placement gives to this index, and only those."""
-    from pathlib import Path
-
-    from models.registry import load_config
-    from router.placement import place_experts
-    from shards.checkpoint import Checkpoint
+    from shards.checkpoint import open_model
     from shards.loading import load_experts
     from shards.threads import dtype_of, use_threads
 
     group = spec.group
     use_threads(group.threads)
-    config = load_config(Path(group.model_path))
-    placement = place_experts(
-        config.num_experts, group.num_expert_shards, group.num_expert_replicas
+    config, checkpoint = open_model(group.model_path, on_read)
+    assert group.placement is not None, "a group without expert workers has none to start"
+    held = group.placement.held_by(spec.index)
+    bank = load_experts(
+        config, checkpoint, held, dtype_of(group.dtype), quantization=group.quantization
     )
-    checkpoint = Checkpoint(Path(group.model_path))
-    held = placement.held_by(spec.index)
-    bank = load_experts(config, checkpoint, held, dtype_of(group.dtype))
     worker = ExpertWorker(spec, transport, bank)
     worker.bytes_read = checkpoint.bytes_read
     return worker

@@ -5,11 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
-from models.interface import ExpertWeights, ModelConfig, StageModel
-from shards.checkpoint import Checkpoint
+from models.interface import ExpertWeights, ModelConfig, StageModel, TensorSlice
+from shards.checkpoint import Checkpoint, CheckpointError
 from shards.expert_bank import ExpertBank
+from shards.quantization import (
+    effective_quantization,
+    int8_parameters,
+    quantize_rows,
+    scale_name,
+    scale_slice,
+)
 from shards.verify import moe_pairs
+
+Device = torch.device | str
 
 
 def load_stage(
@@ -18,12 +28,20 @@ def load_stage(
     first: int,
     last: int,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
+    *,
+    quantization: str = "none",
 ) -> StageModel:
     """Layers first..last-1 with their weights; reads no routed expert. Raises CheckpointError."""
     stage = config.build_stage(first, last, dtype)
-    slices = stage.tensors().items()
-    stage.load({name: checkpoint.read(wanted, dtype, device) for name, wanted in slices})
+    int8 = int8_parameters(stage, effective_quantization(quantization, config))
+    weights: dict[str, Tensor] = {}
+    for name, wanted in stage.tensors().items():
+        if name in int8:
+            weights[name], weights[scale_name(name)] = read_int8(config, checkpoint, wanted, device)
+        else:
+            weights[name] = checkpoint.read(wanted, dtype, device)
+    stage.load(weights)
     return stage
 
 
@@ -32,14 +50,44 @@ def load_experts(
     checkpoint: Checkpoint,
     experts: Iterable[int],
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: Device = "cpu",
+    *,
+    quantization: str = "none",
 ) -> ExpertBank:
     """The given logical experts of every MoE layer, nothing else. Raises CheckpointError."""
+    int8 = effective_quantization(quantization, config) != "none"
 
     def load(layer_idx: int, expert: int) -> ExpertWeights:
-        slices = config.expert_tensors(layer_idx, expert)
-        return ExpertWeights(
-            **{name: checkpoint.read(wanted, dtype, device) for name, wanted in slices.items()}
-        )
+        parts: dict[str, Tensor] = {}
+        for name, wanted in config.expert_tensors(layer_idx, expert).items():
+            if int8:
+                parts[name], parts[scale_name(name)] = read_int8(config, checkpoint, wanted, device)
+            else:
+                parts[name] = checkpoint.read(wanted, dtype, device)
+        return ExpertWeights(**parts)
 
     return ExpertBank(config, {pair: load(*pair) for pair in moe_pairs(config, experts)})
+
+
+def read_int8(
+    config: ModelConfig, checkpoint: Checkpoint, wanted: TensorSlice, device: Device = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """A matrix as int8 values [N, K] and float32 scales [N], as stored or quantised when read.
+
+    Quantised from the values on disk, whatever dtype is served, one tensor at a time.
+    """
+    if config.quantization != "none":
+        values = checkpoint.read(wanted, torch.int8, device)
+        return values, checkpoint.read(scale_slice(wanted), torch.float32, device)
+    values = torch.empty(wanted.shape, dtype=torch.int8, device=device)
+    scale = torch.empty(wanted.shape[:1], device=device)
+    start = 0
+    for leaf in wanted.leaves:
+        rows = slice(start, start := start + leaf.shape[0])
+        name = checkpoint.find(leaf).name
+        matrix = checkpoint.read(leaf, checkpoint.dtype(name), device)
+        try:
+            values[rows], scale[rows] = quantize_rows(matrix)
+        except ValueError as error:
+            raise CheckpointError(f"{checkpoint.path}: tensor {name}: {error}") from error
+    return values, scale

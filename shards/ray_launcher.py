@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from shards.actors import DispatcherActor, EngineActor, ExpertActor, StageActor
 from shards.control import Started
 from shards.group import WorkerEvents
-from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.launcher")
 
@@ -36,13 +36,6 @@ def bundle_index(spec: WorkerSpec) -> int:
             return 1 + len(spec.group.stage_layers) + spec.index
         case _:
             return 0
-
-
-def num_bundles(group: GroupSpec) -> int:
-    """How many bundles `bundle_index` speaks of."""
-    if group.executor == "local":
-        return 1
-    return 1 + len(group.stage_layers) + group.num_expert_shards
 
 
 class RayLauncher:
@@ -86,7 +79,8 @@ class RayLauncher:
                 placement_group_bundle_index=bundle_index(spec),
                 placement_group_capture_child_tasks=True,
             )
-        actor = ray.remote(_SHELLS[spec.role]).options(**options).remote(spec)
+        level = logging.getLogger("conclave").getEffectiveLevel()
+        actor = ray.remote(_SHELLS[spec.role]).options(**options).remote(spec, level)
         # Never held across a call into Ray: its own threads take this lock too.
         with self._lock:
             closing = self._closing

@@ -9,6 +9,8 @@ from router.codec import decode, encode
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.control import INGRESS, Control, WorkerEvent
+from shards.load_progress import LoadProgress, OnRead, Report
+from shards.malloc import large_blocks_apart
 from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.worker")
@@ -115,20 +117,28 @@ class Worker:
         """The group begins a new epoch."""
 
 
-def make_worker(spec: WorkerSpec, transport: Transport) -> RunsForever:
-    """Build and load the worker a spec describes.
+def make_worker(
+    spec: WorkerSpec, transport: Transport, report: Report | None = None
+) -> RunsForever:
+    """Build and load the worker a spec describes; `report` is told how far it is."""
+    progress = LoadProgress(spec.peer, report)
+    with large_blocks_apart():
+        worker = _make_worker(spec, transport, progress.on_read)
+    progress.finish()
+    return worker
 
-    Imports are local to the role: an engine in front of a pipeline never imports torch.
-    """
+
+def _make_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> RunsForever:
+    # Imports are local to the role: an engine in front of a pipeline never imports torch.
     match spec.role:
         case Role.ENGINE:
             from shards.engine_worker import make_engine_worker
 
-            return make_engine_worker(spec, transport)
+            return make_engine_worker(spec, transport, on_read)
         case Role.STAGE:
             from shards.stage_worker import make_stage_worker
 
-            return make_stage_worker(spec, transport)
+            return make_stage_worker(spec, transport, on_read)
         case Role.DISPATCHER:
             from shards.dispatcher_worker import make_dispatcher_worker
 
@@ -136,4 +146,4 @@ def make_worker(spec: WorkerSpec, transport: Transport) -> RunsForever:
         case Role.EXPERT:
             from shards.expert_worker import make_expert_worker
 
-            return make_expert_worker(spec, transport)
+            return make_expert_worker(spec, transport, on_read)

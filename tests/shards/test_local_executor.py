@@ -130,7 +130,7 @@ def test_a_resumed_sequence_goes_on_as_if_nothing_had_happened(
 def test_a_wrong_checkpoint_is_refused(tmp_path: Path, folders: dict[str, Path]) -> None:
     other = write_tiny("jamba", tmp_path, intermediate_size=32)
     (other / "config.json").write_text((folders["jamba"] / "config.json").read_text())
-    with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \[32, 64\], not"):
+    with pytest.raises(CheckpointError, match=r"gate_proj\.weight is \[32, 64\], not"):
         local(other, limits_for(other))
 
 
