@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
+
 _UNITS = {
     "": 1,
     "b": 1,
@@ -35,6 +37,11 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _our_name(value: object) -> object:
+    """Transformers' name of an attention implementation → ours."""
+    return ATTENTION_ALIASES.get(value, value) if isinstance(value, str) else value
+
+
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -58,10 +65,12 @@ class ServeArgs(BaseModel):
     max_num_batched_tokens: PositiveInt = 512
     kv_cache_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 2 * 1024**3
     block_size: PositiveInt = 16
-    quantization: Literal["none", "int8"] = "none"
-    attention_backend: Literal["auto", "torch", "native", "flash_attn", "triton"] = "auto"
+    quantization: Literal["none", "int8", "int8-all"] = "none"
+    attention_backend: Annotated[
+        Literal["auto", "torch", "native", "flash_attn", "triton"], BeforeValidator(_our_name)
+    ] = "auto"
     mamba_backend: Literal["auto", "torch", "native", "mamba_ssm", "triton"] = "auto"
-    enable_prefix_caching: bool = False
+    enable_prefix_caching: bool = True
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     api_key: Annotated[
@@ -76,7 +85,10 @@ class ServeArgs(BaseModel):
         for key, allowed in _AVAILABLE.items():
             value = getattr(self, key)
             if value not in allowed:
-                raise ValueError(_refusal(key, value, allowed, " (not available in this version)"))
+                why = " (not available in this version)"
+                if value == "mamba_ssm":
+                    why = f" ({missing_for_mamba_ssm()})"
+                raise ValueError(_refusal(key, value, allowed, why))
         if self.max_replicas is not None and self.max_replicas < self.min_replicas:
             raise ValueError(
                 f"max_replicas={self.max_replicas}: allowed values are min_replicas or more, "
@@ -89,10 +101,8 @@ class ServeArgs(BaseModel):
 _AVAILABLE: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu"),
     "layout": ("auto", "disaggregated"),
-    "quantization": ("none",),
     "attention_backend": ("auto", "torch"),
     "mamba_backend": ("auto", "torch"),
-    "enable_prefix_caching": (False,),
 }
 
 

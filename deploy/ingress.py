@@ -17,7 +17,6 @@ from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
 from deploy.version import VERSION
-from router.placement import place_experts
 from shards.client import GroupState, ModelClient
 from shards.spec import GroupSpec
 
@@ -37,13 +36,8 @@ def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
     from shards.ray_launcher import RayLauncher
 
     spec: GroupSpec = resolved.spec
-    placement = (
-        place_experts(resolved.num_experts, spec.num_expert_shards, spec.num_expert_replicas)
-        if spec.num_expert_shards
-        else None
-    )
     launcher = RayLauncher(prefix, get_current_placement_group(), resolved.cpus_per_actor)
-    group = ModelGroup(spec, placement, launcher, SocketTransport(INGRESS, spec.secret))
+    group = ModelGroup(spec, launcher, SocketTransport(INGRESS, spec.secret))
     group.start()
     return group
 
@@ -55,6 +49,7 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "build": f"conclave-{VERSION}",
         "isa": instruction_set(),
         "dtype": resolved.spec.dtype,
+        "quantization": resolved.spec.quantization,
         "threads": resolved.spec.threads,
         "kernel_backends": {"attention": "torch", "mamba": "torch", "experts": "torch"},
     }
@@ -75,7 +70,7 @@ class Ingress:
             resolved.vocab_size,
             spec.limits.max_model_len,
         )
-        for warning in model.warnings:
+        for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", model.name, warning)
         context = serve.get_replica_context()
         prefix = f"conclave/{context.app_name}/{context.replica_tag}"

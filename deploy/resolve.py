@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
-from router.engine import EngineLimits
-from router.placement import place_experts
+from router.limits import EngineLimits
+from router.placement import Placement, place_experts
 from shards.spec import GroupSpec
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    warnings: tuple[str, ...] = ()
+    """What is unusual about the checkpoint or about how it is computed."""
 
 
 def model_folder(model: str) -> Path:
@@ -58,13 +60,12 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         name = args.model if args.model in NANO_MODELS else folder.name
     # The models import torch, which takes seconds: only now that the cheap checks have passed.
     from deploy.served_model import load_served_model
-    from models.registry import load_config
-    from shards.checkpoint import Checkpoint
+    from shards.checkpoint import open_model
     from shards.verify import verify
 
     try:
-        config = load_config(folder)
-        verify(config, Checkpoint(folder))
+        config, checkpoint = open_model(folder)
+        verify(config, checkpoint)
         # Read here only to fail now: the ingress reads tokenizer and template again.
         load_served_model(name, str(folder), config.vocab_size, config.max_position_embeddings)
     except (ValueError, OSError) as error:
@@ -82,6 +83,20 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        warnings=(*config.notes, *_backend_warnings(config)),
+    )
+
+
+def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
+    """Which backend runs instead of one that the checkpoint asks for, and why."""
+    from deploy.backends import missing_for_mamba_ssm
+    from models.jamba import JambaConfig
+
+    if not (isinstance(config, JambaConfig) and config.use_mamba_kernels):
+        return ()
+    return (
+        "use_mamba_kernels is true, but the mamba backend is torch, because "
+        f"{missing_for_mamba_ssm()}",
     )
 
 
@@ -107,7 +122,6 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
     executor = _executor(args)
     local = executor == "local"
     stages = 1 if local else (args.stages or 1)
-    shards = 0 if local else _expert_shards(args, config)
     dtype = config.dtype_name if args.dtype == "auto" else args.dtype
     return GroupSpec(
         model_path=str(folder),
@@ -115,13 +129,22 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
         executor=executor,
         dispatch=args.dispatch,
         stage_layers=_stage_layers(config, stages, dtype),
-        num_expert_shards=shards,
-        num_expert_replicas=args.expert_replicas,
+        placement=None if local else _placement(args, config),
         limits=_limits(args, config, dtype, stages),
         # The same on every topology: bits may depend on how many threads share an operation.
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
+        quantization=_quantization(args, config),
     )
+
+
+def _quantization(args: ServeArgs, config: ModelConfig) -> str:
+    from shards.quantization import effective_quantization
+
+    try:
+        return effective_quantization(args.quantization, config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _executor(args: ServeArgs) -> str:
@@ -140,23 +163,22 @@ def _executor(args: ServeArgs) -> str:
     return args.executor
 
 
-def _expert_shards(args: ServeArgs, config: ModelConfig) -> int:
+def _placement(args: ServeArgs, config: ModelConfig) -> Placement | None:
     if not any(config.is_moe_layer(layer) for layer in range(config.num_layers)):
         if args.expert_shards:
             raise ConfigError(
                 f"expert_shards={args.expert_shards}: allowed values are 0, "
                 "because no layer of this model has routed experts"
             )
-        return 0
+        return None
     shards = 1 if args.expert_shards is None else args.expert_shards
     most = config.num_experts * args.expert_replicas
     if not 1 <= shards <= most:
         raise ConfigError(f"expert_shards={shards}: allowed values are 1..{most}")
     try:
-        place_experts(config.num_experts, shards, args.expert_replicas)
+        return place_experts(config.num_experts, shards, args.expert_replicas)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return shards
 
 
 def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[int, int], ...]:
@@ -170,7 +192,7 @@ def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[i
 
 
 def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> EngineLimits:
-    from shards.kv_cache import num_blocks_for
+    from shards.kv_cache import num_blocks_for, num_snapshots_for
 
     longest = config.max_position_embeddings
     max_model_len = args.max_model_len or min(longest, _DEFAULT_MAX_MODEL_LEN)
@@ -179,6 +201,11 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
     layers = range(config.num_layers)
     recurrent = any(config.cache_shape(layer).kind == "state" for layer in layers)
     slots = args.max_num_seqs if recurrent else 0
+    snapshots = 0
+    if args.enable_prefix_caching:
+        snapshots = num_snapshots_for(
+            args.kv_cache_memory, config, layers, itemsize=itemsize(dtype), num_state_slots=slots
+        )
     blocks_each = -(-max_model_len // args.block_size)
     try:
         num_blocks = num_blocks_for(
@@ -187,7 +214,7 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
             layers,
             block_size=args.block_size,
             itemsize=itemsize(dtype),
-            num_state_slots=slots,
+            num_state_rows=slots + snapshots,
             max_blocks=args.max_num_seqs * blocks_each,
         )
     except ValueError as error:
@@ -207,6 +234,8 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
             max_model_len=max_model_len,
             reprefill_length=config.reprefill_length,
             max_in_flight=stages,
+            prefix_caching=args.enable_prefix_caching,
+            num_snapshots=snapshots,
         )
     except ValueError as error:
         raise ConfigError(_one_sentence(error)) from error

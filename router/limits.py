@@ -36,6 +36,11 @@ class EngineLimits:
             _require("reprefill_length", self.reprefill_length, 1)
 
     @property
+    def num_state_rows(self) -> int:
+        """Recurrent states that a stage remembers: those of running sequences, and snapshots."""
+        return self.num_state_slots + (self.num_snapshots if self.num_state_slots else 0)
+
+    @property
     def num_seats(self) -> int:
         """Sequences that may run at once: no more than the budgets of all steps have tokens."""
         seats = min(self.max_num_seqs, self.max_num_batched_tokens * self.max_in_flight)

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 from router.codec import decode, encode, read_with_rows
-from router.placement import Placement
 from router.step import NOTHING, EngineLoad, SamplingParams, TokenBatch, Want
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
@@ -68,14 +67,13 @@ class ModelGroup:
     def __init__(
         self,
         spec: GroupSpec,
-        placement: Placement | None,
         launcher: Launcher,
         transport: Transport,
     ) -> None:
         self.spec = spec
         self._launcher = launcher
         self._transport = transport
-        self._supervisor = Supervisor(spec, placement)
+        self._supervisor = Supervisor(spec)
         self._journal = Journal()
         self._calls: deque[Callable[[], None]] = deque()
         self._calls_lock = threading.Lock()

@@ -20,7 +20,7 @@ def allocate_caches(
     *,
     num_blocks: int,
     block_size: int,
-    num_state_slots: int,
+    num_state_rows: int,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
 ) -> tuple[LayerCache, ...]:
@@ -33,10 +33,10 @@ def allocate_caches(
                 torch.zeros(size, dtype=dtype, device=device),
                 torch.zeros(size, dtype=dtype, device=device),
             )
-        slots = num_state_slots
+        rows = num_state_rows
         return StateCache(
-            torch.zeros((slots, *shape.conv_shape), dtype=dtype, device=device),
-            torch.zeros((slots, *shape.ssm_shape), dtype=torch.float32, device=device),
+            torch.zeros((rows, *shape.conv_shape), dtype=dtype, device=device),
+            torch.zeros((rows, *shape.ssm_shape), dtype=torch.float32, device=device),
         )
 
     return tuple(allocate(config.cache_shape(layer)) for layer in layers)
@@ -66,6 +66,15 @@ def slot_bytes(config: ModelConfig, layers: Iterable[int], itemsize: int) -> int
     return sum(prod(s.conv_shape) * itemsize + prod(s.ssm_shape) * _SSM_ITEMSIZE for s in shapes)
 
 
+def num_snapshots_for(
+    budget: int, config: ModelConfig, layers: Iterable[int], *, itemsize: int, num_state_slots: int
+) -> int:
+    """Snapshots of recurrent states to keep: four per running sequence, in a quarter of `budget`
+    at most."""
+    per_slot = slot_bytes(config, layers, itemsize)
+    return min(4 * num_state_slots, budget // 4 // per_slot) if per_slot else 0
+
+
 def num_blocks_for(
     budget: int,
     config: ModelConfig,
@@ -73,19 +82,20 @@ def num_blocks_for(
     *,
     block_size: int,
     itemsize: int,
-    num_state_slots: int,
+    num_state_rows: int,
     max_blocks: int,
 ) -> int:
-    """KV blocks that fit into `budget` bytes beside the state slots, never more than `max_blocks`.
+    """KV blocks that fit into `budget` bytes beside the states, never more than `max_blocks`.
 
     `max_blocks` is what the greatest load could fill (sequences times blocks of the longest one).
     Raises ValueError when not even one block fits.
     """
-    slots = num_state_slots * slot_bytes(config, layers, itemsize)
+    states = num_state_rows * slot_bytes(config, layers, itemsize)
     per_block = block_bytes(config, layers, block_size, itemsize)
-    if budget < slots + per_block:
+    if budget < states + per_block:
         raise ValueError(
-            f"kv_cache_memory={budget}: at least {slots + per_block} bytes are needed for "
-            f"{num_state_slots} state slots ({slots} bytes) and one block of {block_size} tokens"
+            f"kv_cache_memory={budget}: at least {states + per_block} bytes are needed for "
+            f"{num_state_rows} recurrent states ({states} bytes) and one block of {block_size} "
+            "tokens"
         )
-    return min(max_blocks, (budget - slots) // per_block) if per_block else max_blocks
+    return min(max_blocks, (budget - states) // per_block) if per_block else max_blocks

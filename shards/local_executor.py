@@ -15,8 +15,10 @@ from router.step import StepPlan, StepResult
 from shards.checkpoint import Checkpoint
 from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
+from shards.load_progress import OnRead
 from shards.loading import load_experts, load_stage
 from shards.model_runner import ModelRunner
+from shards.sampler import IdRanges
 from shards.spec import GroupSpec
 from shards.threads import dtype_of, use_threads
 from shards.verify import verify
@@ -31,14 +33,24 @@ class LocalExecutor:
     max_in_flight = 1
 
     def __init__(
-        self, config: ModelConfig, model_path: Path | str, dtype: torch.dtype, limits: EngineLimits
+        self,
+        config: ModelConfig,
+        model_path: Path | str,
+        dtype: torch.dtype,
+        limits: EngineLimits,
+        on_read: OnRead | None = None,
+        *,
+        quantization: str = "none",
+        unused_ids: IdRanges = (),
     ) -> None:
-        checkpoint = Checkpoint(model_path)
+        checkpoint = Checkpoint(model_path, on_read)
+        config = config.with_tensors(checkpoint.names)
         verify(config, checkpoint)
         num_layers = config.num_layers
+        every = range(config.num_experts)
         self._runner = ModelRunner(
             config,
-            load_stage(config, checkpoint, 0, num_layers, dtype),
+            load_stage(config, checkpoint, 0, num_layers, dtype, quantization=quantization),
             0,
             num_layers,
             allocate_caches(
@@ -46,16 +58,17 @@ class LocalExecutor:
                 range(num_layers),
                 num_blocks=limits.num_blocks,
                 block_size=limits.block_size,
-                num_state_slots=limits.num_state_slots,
+                num_state_rows=limits.num_state_rows,
                 dtype=dtype,
             ),
             LocalExpertBackend(
-                load_experts(config, checkpoint, range(config.num_experts), dtype),
+                load_experts(config, checkpoint, every, dtype, quantization=quantization),
                 config.num_experts,
             ),
             block_size=limits.block_size,
             dtype=dtype,
             num_micro_batches=1,  # nothing to overlap: the experts run in this thread
+            unused_ids=unused_ids,
         )
         self._epoch: int | None = None
         self._plans: deque[StepPlan] = deque()
@@ -78,8 +91,16 @@ class LocalExecutor:
         return replace(done.output, wanted=done.wanted)
 
 
-def load_local_executor(group: GroupSpec) -> LocalExecutor:
+def load_local_executor(group: GroupSpec, on_read: OnRead | None = None) -> LocalExecutor:
     """The local executor of a group as its spec describes it."""
     use_threads(group.threads)
     config = load_config(Path(group.model_path))
-    return LocalExecutor(config, group.model_path, dtype_of(group.dtype), group.limits)
+    return LocalExecutor(
+        config,
+        group.model_path,
+        dtype_of(group.dtype),
+        group.limits,
+        on_read,
+        quantization=group.quantization,
+        unused_ids=group.unused_token_ids,
+    )

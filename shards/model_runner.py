@@ -32,8 +32,8 @@ from router.step import (
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
 from shards.kv_cache import apply_state_ops
 from shards.micro_batches import pack, split_sequences
-from shards.sampler import SampleRequest, sample
-from shards.wanted import prompt_logprob_rows, rows_of, scored_offset, wanted_logits
+from shards.sampler import IdRanges, SampleRequest, sample
+from shards.wanted import head_rows, rows_of
 
 
 @dataclass(slots=True)
@@ -94,6 +94,7 @@ class ModelRunner:
         dtype: torch.dtype,
         num_micro_batches: int = 2,
         device: torch.device | str = "cpu",
+        unused_ids: IdRanges = (),
     ) -> None:
         assert len(caches) == len(stage.layers) == last - first, (len(caches), first, last)
         self._config = config
@@ -106,6 +107,7 @@ class ModelRunner:
         self._num_micro_batches = num_micro_batches
         self._dtype = dtype
         self._device = device
+        self._unused_ids = unused_ids
         self._sequences: dict[int, _Sequence] = {}
         self._wanted: list[WantedRows] = []
 
@@ -238,29 +240,9 @@ class ModelRunner:
         normed = self._stage.norm(batch.x)
         self._keep(batch, "hidden_states", self._config.num_layers, normed)
         for sequence, scheduled, rows in self._rows(batch):
-            self._wanted += self._heads(sequence, scheduled, normed[rows])
-
-    def _heads(
-        self, sequence: _Sequence, scheduled: ScheduledSequence, normed: Tensor
-    ) -> Iterator[WantedRows]:
-        """Logits, scores and prompt log-probabilities of one sequence's rows [n, D]."""
-        want, seq_id = sequence.wanted, scheduled.seq_id
-        first, offsets = wanted_logits(want, scheduled)
-        if offsets:
-            logits = self._stage.logits(pad_rows(normed[offsets]))[: len(offsets)]
-            yield rows_of(seq_id, "logits", first, logits)
-        scored = scored_offset(want, scheduled)
-        if scored is not None:
-            scores = self._stage.scores(pad_rows(normed[scored : scored + 1]))[:1]
-            yield rows_of(seq_id, "score", 0, scores)
-        if want.prompt_logprobs is not None:
-            end = scheduled.start + scheduled.num_tokens
-            targets = sequence.prompt[scheduled.start + 1 : end + 1]
-            if targets:
-                logits = self._stage.logits(pad_rows(normed[: len(targets)]))[: len(targets)]
-                yield from prompt_logprob_rows(
-                    seq_id, scheduled.start, logits, targets, want.prompt_logprobs
-                )
+            self._wanted += head_rows(
+                self._stage, sequence.wanted, sequence.prompt, scheduled, normed[rows]
+            )
 
     def _sample(self, plan: StepPlan, batches: Iterable[_MicroBatch]) -> StepResult:
         rows = []
@@ -281,7 +263,7 @@ class ModelRunner:
         if not rows:
             return StepResult(epoch=plan.epoch, step_id=plan.step_id)
         logits = self._stage.logits(self._stage.norm(pad_rows(torch.stack(rows))))
-        sampled = sample(logits[: len(rows)], requests)
+        sampled = sample(logits[: len(rows)], requests, self._unused_ids)
         for choice in sampled:
             sequence = self._sequences[choice.seq_id]
             sequence.num_emitted += 1

@@ -25,18 +25,24 @@ class SampleRequest:
     sampling: SamplingParams
 
 
-def sample(logits: Tensor, requests: Sequence[SampleRequest]) -> list[Sampled]:
+IdRanges = tuple[tuple[int, int], ...]
+"""Half-open ranges of token ids."""
+
+
+def sample(
+    logits: Tensor, requests: Sequence[SampleRequest], unused_ids: IdRanges = ()
+) -> list[Sampled]:
     """Choose one token per row of `logits` [n, V] (any float dtype), in the order of `requests`.
 
-    Temperature, then min_p, top_k and top_p as vLLM orders them. Log-probabilities are those of
-    the raw float32 logits.
+    Temperature, then min_p, top_k and top_p as vLLM orders them; never one of `unused_ids`, the
+    rows of a padded vocabulary. Log-probabilities are those of the raw float32 logits.
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
     # Row by row: torch picks kernels and thread splits by shape, and a row's bits must not
     # depend on how many others came along.
     return [
-        _sample_row(row, request)
+        _sample_row(row, request, unused_ids)
         for row, request in zip(logits.to("cpu", torch.float32), requests, strict=True)
     ]
 
@@ -51,11 +57,15 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
     return float(int(philox.random_raw()) >> 11) * 2.0**-53
 
 
-def _sample_row(row: Tensor, request: SampleRequest) -> Sampled:
+def _sample_row(row: Tensor, request: SampleRequest, unused_ids: IdRanges) -> Sampled:
     sampling = request.sampling
     allowed = row.numpy()
-    if request.position < sampling.min_tokens:
+    too_early = request.position < sampling.min_tokens
+    if unused_ids or too_early:
         allowed = allowed.copy()
+    for start, stop in unused_ids:
+        allowed[start:stop] = -np.inf
+    if too_early:
         allowed[[i for i in sampling.stop_token_ids if 0 <= i < len(allowed)]] = -np.inf
     if sampling.temperature == 0:
         token_id = int(allowed.argmax())

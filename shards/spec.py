@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from router.engine import EngineLimits
+from router.placement import Placement
 
 
 class Role(StrEnum):
@@ -30,11 +31,20 @@ class GroupSpec:
     executor: str
     dispatch: str
     stage_layers: tuple[tuple[int, int], ...]
-    num_expert_shards: int
-    num_expert_replicas: int
+    placement: Placement | None
+    """Which expert worker holds which experts; None without expert workers."""
     limits: EngineLimits
     threads: int
     secret: str
+    quantization: str = "none"
+    """none, int8 or int8-all, whether quantised at load or in the files."""
+    unused_token_ids: tuple[tuple[int, int], ...] = ()
+    """Half-open ranges of vocabulary rows that no token owns: never sampled."""
+
+    @property
+    def num_expert_shards(self) -> int:
+        """How many expert workers there are."""
+        return 0 if self.placement is None else self.placement.num_shards
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from router.step import StepPlan, StepResult
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from router.transport.tensors import tensor_buffer, torch_dtype, wire_dtype
 from shards.control import WorkerEvent
+from shards.load_progress import OnRead
 from shards.model_runner import ModelRunner, StageOutput
 from shards.moe_wire import MoeShape, read_rows
 from shards.remote_experts import ActorBackend, DirectBackend, ExpertLinks, StepLost
@@ -141,23 +142,20 @@ class StageWorker(Worker):
         self.transport.send(self._next, Frame(header, frame.meta, buffers))
 
 
-def make_stage_worker(spec: WorkerSpec, transport: Transport) -> StageWorker:
+def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> StageWorker:
     """Load one stage's layers, allocate its caches and wire it to the experts."""
-    from pathlib import Path
-
-    from models.registry import load_config
-    from shards.checkpoint import Checkpoint
+    from shards.checkpoint import open_model
     from shards.kv_cache import allocate_caches
     from shards.loading import load_stage
     from shards.threads import dtype_of, use_threads
 
     group = spec.group
     use_threads(group.threads)
-    config = load_config(Path(group.model_path))
+    config, checkpoint = open_model(group.model_path, on_read)
     first, last = group.stage_layers[spec.index]
     dtype = dtype_of(group.dtype)
-    checkpoint = Checkpoint(Path(group.model_path))
-    stage = load_stage(config, checkpoint, first, last, dtype)
+    quantization = group.quantization
+    stage = load_stage(config, checkpoint, first, last, dtype, quantization=quantization)
     worker = StageWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))
     worker.bytes_read = checkpoint.bytes_read
     worker.runner = ModelRunner(
@@ -170,11 +168,12 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport) -> StageWorker:
             range(first, last),
             num_blocks=group.limits.num_blocks,
             block_size=group.limits.block_size,
-            num_state_slots=group.limits.num_state_slots,
+            num_state_rows=group.limits.num_state_rows,
             dtype=dtype,
         ),
         worker.backend,
         block_size=group.limits.block_size,
         dtype=dtype,
+        unused_ids=group.unused_token_ids,
     )
     return worker

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from router.placement import Placement, RoutingTable, ShardAddress
+from router.placement import RoutingTable, ShardAddress
 from shards.client import GroupState, WorkerStatus
 from shards.control import Control, PeerAddress, Started
 from shards.spec import GroupSpec, Role, WorkerSpec
@@ -91,11 +91,11 @@ def worker_specs(spec: GroupSpec) -> tuple[WorkerSpec, ...]:
 
 
 class Supervisor:
-    """Events in, actions out. `placement` is None for models without routed experts."""
+    """Events in, actions out."""
 
-    def __init__(self, spec: GroupSpec, placement: Placement | None) -> None:
+    def __init__(self, spec: GroupSpec) -> None:
         self._spec = spec
-        self._placement = placement
+        self._placement = spec.placement
         self._members = {s.peer: _Member(s) for s in worker_specs(spec)}
         self._deaths: dict[str, deque[float]] = {}
         self._epoch = 0

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from models.interface import StageModel
+from models.layers.rowwise import pad_rows
 from router.step import ScheduledSequence, Want, WantedRows
 
 
@@ -24,7 +26,29 @@ def rows_of(seq_id: int, name: str, start: int, values: Tensor) -> WantedRows:
     )
 
 
-def wanted_logits(want: Want, scheduled: ScheduledSequence) -> tuple[int, list[int]]:
+def head_rows(
+    stage: StageModel,
+    want: Want,
+    prompt: Sequence[int],
+    scheduled: ScheduledSequence,
+    normed: Tensor,
+) -> Iterator[WantedRows]:
+    """What the heads make of one sequence's chunk, [n, D] after the final norm."""
+    seq_id, start = scheduled.seq_id, scheduled.start
+    first, offsets = _wanted_logits(want, scheduled)
+    if offsets:
+        logits = stage.logits(pad_rows(normed[offsets]))[: len(offsets)]
+        yield rows_of(seq_id, "logits", first, logits)
+    scored = _scored_offset(want, scheduled)
+    if scored is not None:
+        yield rows_of(seq_id, "score", 0, stage.scores(pad_rows(normed[scored : scored + 1]))[:1])
+    targets = prompt[start + 1 : start + 1 + scheduled.num_tokens]
+    if want.prompt_logprobs is not None and targets:
+        logits = stage.logits(pad_rows(normed[: len(targets)]))[: len(targets)]
+        yield from _prompt_logprobs(seq_id, start, logits, targets, want.prompt_logprobs)
+
+
+def _wanted_logits(want: Want, scheduled: ScheduledSequence) -> tuple[int, list[int]]:
     """Row in the whole `logits` array, and offsets within this chunk, of the logits wanted here."""
     if not want.logits:
         return 0, []
@@ -36,7 +60,7 @@ def wanted_logits(want: Want, scheduled: ScheduledSequence) -> tuple[int, list[i
     return before, inside
 
 
-def scored_offset(want: Want, scheduled: ScheduledSequence) -> int | None:
+def _scored_offset(want: Want, scheduled: ScheduledSequence) -> int | None:
     """Offset within this chunk of the position to score; None when it is elsewhere."""
     if want.score_position is None:
         return None
@@ -44,7 +68,7 @@ def scored_offset(want: Want, scheduled: ScheduledSequence) -> int | None:
     return offset if 0 <= offset < scheduled.num_tokens else None
 
 
-def prompt_logprob_rows(
+def _prompt_logprobs(
     seq_id: int, start: int, logits: Tensor, targets: Sequence[int], num_best: int
 ) -> Iterator[WantedRows]:
     """Log-probabilities of `targets`, the tokens that follow positions start.. of the prompt.

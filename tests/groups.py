@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +14,15 @@ from typing import Any
 
 from deploy.config import parse_args
 from deploy.resolve import resolve
-from router.placement import place_experts
 from router.step import SamplingParams
+from router.transport.base import Transport
 from router.transport.sockets import SocketTransport
 from shards.client import GroupState
 from shards.control import INGRESS, Started
 from shards.group import ModelGroup, WorkerEvents
 from shards.spec import WorkerSpec
 from shards.subprocess_launcher import SubprocessLauncher
-from shards.worker import make_worker
+from shards.worker import RunsForever, make_worker
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Answer:
 class ThreadLauncher:
     """Workers as threads of this process: the same loops and sockets without start-up time."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, make: Callable[[WorkerSpec, Transport], RunsForever] = make_worker
+    ) -> None:
+        self._make = make
         self._threads: list[threading.Thread] = []
 
     def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
@@ -47,7 +50,7 @@ class ThreadLauncher:
 
     def _run(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         transport = SocketTransport(spec.peer, spec.group.secret)
-        worker = make_worker(spec, transport)
+        worker = self._make(spec, transport)
         started = Started(address=transport.address, pid=os.getpid(), node_id="")
         events.started(spec, started)
         worker.run()
@@ -67,16 +70,10 @@ def running_group(
 ) -> Iterator[ModelGroup]:
     """A started group whose workers are threads, or with `processes` subprocesses, of this test."""
     spec = resolve(parse_args({"model": str(model), "dtype": "float32", **options})).spec
-    placement = None
-    if spec.num_expert_shards:
-        from models.registry import load_config
-
-        experts = load_config(Path(spec.model_path)).num_experts
-        placement = place_experts(experts, spec.num_expert_shards, spec.num_expert_replicas)
     transport = SocketTransport(INGRESS, spec.secret)
     env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
     launcher = SubprocessLauncher(env) if processes else ThreadLauncher()
-    group = ModelGroup(spec, placement, launcher, transport)
+    group = ModelGroup(spec, launcher, transport)
     group.start(timeout=120)
     try:
         yield group

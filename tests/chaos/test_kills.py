@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from router.step import SamplingParams
+from router.step import SamplingParams, Want
 from shards.group import ModelGroup
 from tests.groups import Answer, ask_all, healed, kill_worker, running_group
 
@@ -87,4 +87,25 @@ async def test_the_engine_dies_while_a_stage_waits_for_an_expert() -> None:
             await asyncio.sleep(0.1)
             kill_worker(group, "engine", 0)
             assert await asyncio.wait_for(asked, 60) == expected
+            await healed(group)
+
+
+async def test_arrays_survive_too() -> None:
+    prompt = tuple(5 + i % 60 for i in range(400))
+    compute, want = SamplingParams(max_tokens=0), Want(logits=True, hidden_states=True)
+    options: dict[str, Any] = {"stages": 2, "expert_shards": 2, "max_num_batched_tokens": 8}
+    with running_group("nano-jamba", processes=True, **options) as group:
+        expected = group.generate(prompt, compute, want=want)
+        assert len([token async for token in expected]) == 1
+        for victim in (("stage", 1), ("engine", 0)):
+            stream = group.generate(prompt, compute, want=want)
+            async with asyncio.timeout(60):
+                while "logits" not in stream.outputs:
+                    await asyncio.sleep(0.001)
+            assert not stream.outputs["logits"][-1].any(), "it must still be under way"
+            kill_worker(group, *victim)
+            assert len([token async for token in stream]) == 1
+            assert stream.outputs.keys() == expected.outputs.keys()
+            for name, array in expected.outputs.items():
+                assert stream.outputs[name].tobytes() == array.tobytes(), (victim, name)
             await healed(group)

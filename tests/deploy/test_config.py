@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 from deploy.config import ConfigError, parse_args
 from deploy.demo import nano_checkpoint
 from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
+from shards.ray_launcher import bundle_index
+from shards.supervisor import worker_specs
 
 
 def resolved(**options: Any) -> ResolvedArgs:
@@ -36,10 +39,11 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"dtype": "int4"}, ["dtype=int4", "bfloat16"]),
         ({"device": "cuda"}, ["device=cuda", "not available in this version", "cpu"]),
         ({"layout": "colocated"}, ["layout=colocated", "not available", "disaggregated"]),
-        ({"quantization": "int8"}, ["quantization=int8", "not available", "none"]),
+        ({"quantization": "int4"}, ["quantization=int4", "none, int8, int8-all"]),
         ({"attention_backend": "triton"}, ["attention_backend=triton", "torch"]),
-        ({"mamba_backend": "mamba_ssm"}, ["mamba_backend=mamba_ssm", "torch"]),
-        ({"enable_prefix_caching": "true"}, ["enable_prefix_caching=true", "false"]),
+        ({"attention_backend": "flash_attention_2"}, ["attention_backend=flash_attn", "torch"]),
+        ({"mamba_backend": "triton"}, ["mamba_backend=triton", "not available", "torch"]),
+        ({"mamba_backend": "mamba_ssm"}, ["mamba_backend=mamba_ssm", "CPUs only", "torch"]),
         ({"max_model_len": 513}, ["max_model_len=513", "1..512"]),
         ({"kv_cache_memory": "2 parsecs"}, ["kv_cache_memory", "2GiB"]),
         ({"kv_cache_memory": "1KiB"}, ["kv_cache_memory=1024"]),
@@ -66,6 +70,17 @@ def test_strings_mean_the_same_as_values() -> None:
     assert parse_args({"model": "m", "kv_cache_memory": "1.5 kB"}).kv_cache_memory == 1500
 
 
+def test_transformers_names_of_attention_are_ours() -> None:
+    for theirs, ours in {"eager": "torch", "sdpa": "torch", "torch": "torch"}.items():
+        assert parse_args({"model": "m", "attention_backend": theirs}).attention_backend == ours
+
+
+def test_missing_mamba_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.backends.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="mamba_ssm and causal_conv1d cannot be imported"):
+        parse_args({"model": "m", "mamba_backend": "mamba_ssm"})
+
+
 @pytest.mark.parametrize(
     ("options", "executor", "stages", "shards"),
     [
@@ -89,12 +104,12 @@ def test_executor_follows_the_topology(
     assert len(bundle_cpus(chosen)) == (1 if executor == "local" else 1 + stages + shards)
 
 
-def test_bundles_are_the_launchers() -> None:
-    from shards.ray_launcher import num_bundles
-
+def test_every_worker_has_its_cpus_in_its_bundle() -> None:
     for options in ({}, {"stages": 2, "expert_shards": 3}, {"executor": "pipeline"}):
-        chosen = resolved(**options)
-        assert len(bundle_cpus(chosen)) == num_bundles(chosen.spec)
+        chosen = resolved(**options, cpus_per_actor=0.5)
+        actors = Counter(bundle_index(worker) for worker in worker_specs(chosen.spec))
+        actors[0] += 1  # the ingress
+        assert bundle_cpus(chosen) == [actors[i] * 0.5 for i in range(len(actors))]
 
 
 def test_defaults_come_from_the_checkpoint() -> None:
@@ -140,12 +155,12 @@ def test_missing_weights_are_found_without_reading_them(tmp_path: Path) -> None:
 
 
 def test_dense_jamba_has_no_expert_actors(tmp_path: Path) -> None:
-    from deploy.resolve import _expert_shards
+    from deploy.resolve import _placement
     from models.registry import load_config
 
     raw = json.loads((nano_checkpoint("nano-jamba") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**raw, "num_experts": 1}))
     dense = load_config(tmp_path)
-    assert _expert_shards(parse_args({"model": "m", "stages": 2}), dense) == 0
+    assert _placement(parse_args({"model": "m", "stages": 2}), dense) is None
     with pytest.raises(ConfigError, match="expert_shards=2"):
-        _expert_shards(parse_args({"model": "m", "expert_shards": 2}), dense)
+        _placement(parse_args({"model": "m", "expert_shards": 2}), dense)

@@ -99,7 +99,7 @@ class Chain:
                     range(first, last),
                     num_blocks=limits.num_blocks,
                     block_size=limits.block_size,
-                    num_state_slots=limits.num_state_slots,
+                    num_state_rows=limits.num_state_rows,
                     dtype=dtype,
                 ),
                 LocalExpertBackend(bank, config.num_experts),

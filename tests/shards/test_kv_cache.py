@@ -35,7 +35,7 @@ def test_sizes_are_what_is_allocated(family: str, dtype: torch.dtype, tmp_path: 
     config = load_config(write_tiny(family, tmp_path))
     layers = range(1, config.num_layers)
     caches = allocate_caches(
-        config, layers, num_blocks=5, block_size=4, num_state_slots=3, dtype=dtype
+        config, layers, num_blocks=5, block_size=4, num_state_rows=3, dtype=dtype
     )
     size = dtype.itemsize
     assert len(caches) == len(layers)
@@ -62,7 +62,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
             layers,
             block_size=16,
             itemsize=4,
-            num_state_slots=4,
+            num_state_rows=4,
             max_blocks=max_blocks,
         )
 
@@ -77,7 +77,7 @@ def test_the_budget_is_kept(tmp_path: Path) -> None:
 def test_state_ops_apply_in_order_to_every_layer(tmp_path: Path) -> None:
     config = load_config(write_tiny("jamba", tmp_path))
     caches = allocate_caches(
-        config, range(4), num_blocks=2, block_size=4, num_state_slots=4, dtype=torch.float32
+        config, range(4), num_blocks=2, block_size=4, num_state_rows=4, dtype=torch.float32
     )
     states = [cache for cache in caches if isinstance(cache, StateCache)]
     assert len(states) == 3

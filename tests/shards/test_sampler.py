@@ -165,3 +165,17 @@ def test_bfloat16_logits_are_widened() -> None:
 def test_tiny_temperature_is_greedy() -> None:
     row = random_logits(1, 50, seed=1)[0]
     assert one(row, SamplingParams(max_tokens=1, temperature=1e-300)).token_id == int(row.argmax())
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_unused_rows_of_the_vocabulary_are_never_sampled(temperature: float) -> None:
+    row = torch.tensor([[9.0, 7.5, 8.0, 7.0, 9.5, 9.5]])
+    params = SamplingParams(max_tokens=1, temperature=temperature, logprobs=2)
+    seen = set()
+    for position in range(200):
+        drawn = sample(row, [request(params, position)], ((0, 1), (4, 6)))[0]
+        seen.add(drawn.token_id)
+        # Log-probabilities stay those of the model.
+        expected = float(torch.log_softmax(row, -1)[0, drawn.token_id])
+        assert drawn.logprob == pytest.approx(expected)
+    assert seen == ({2} if temperature == 0 else {1, 2, 3})

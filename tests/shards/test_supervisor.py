@@ -41,8 +41,7 @@ def group_spec(stages: int = 2, experts: int = 2, replicas: int = 1) -> GroupSpe
         executor="pipeline",
         dispatch="actor",
         stage_layers=tuple((i, i + 1) for i in range(stages)),
-        num_expert_shards=experts,
-        num_expert_replicas=replicas,
+        placement=place_experts(16, experts, replicas),
         limits=LIMITS,
         threads=1,
         secret="s",
@@ -53,8 +52,7 @@ class World:
     """Carries the supervisor's actions out: processes, connections, tables and epochs."""
 
     def __init__(self, spec: GroupSpec) -> None:
-        placement = place_experts(16, spec.num_expert_shards, spec.num_expert_replicas)
-        self.supervisor = Supervisor(spec, placement)
+        self.supervisor = Supervisor(spec)
         self.starting: dict[str, WorkerSpec] = {}
         self.alive: dict[str, str] = {}
         self.specs: dict[str, WorkerSpec] = {}
