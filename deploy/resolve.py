@@ -14,9 +14,11 @@ from router.placement import Placement, place_experts
 from shards.spec import GroupSpec
 
 if TYPE_CHECKING:
+    from deploy.served_model import ServedModel
     from models.interface import ModelConfig
 
 _DEFAULT_MAX_MODEL_LEN = 8192
+IdRanges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,8 +68,10 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)
-        # Read here only to fail now: the ingress reads tokenizer and template again.
-        load_served_model(name, str(folder), config.vocab_size, config.max_position_embeddings)
+        # Read here to fail now; the ingress reads tokenizer and template again.
+        served = load_served_model(
+            name, str(folder), config.vocab_size, config.max_position_embeddings
+        )
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
     return ResolvedArgs(
@@ -77,7 +81,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,
         num_experts=config.num_experts,
-        spec=_group_spec(args, folder, config),
+        spec=_group_spec(args, folder, config, _unused_token_ids(served)),
         api_keys=args.api_key,
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas or args.min_replicas,
@@ -85,6 +89,13 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         log_level=args.log_level,
         warnings=(*config.notes, *_backend_warnings(config)),
     )
+
+
+def _unused_token_ids(served: ServedModel) -> IdRanges:
+    """Rows of the vocabulary without a token; without a tokenizer every id is somebody's."""
+    if served.tokenizer is None:
+        return ()
+    return served.tokenizer.unused_ranges(served.vocab_size)
 
 
 def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
@@ -118,7 +129,9 @@ def num_cpus(resolved: ResolvedArgs) -> float:
     return resolved.max_replicas * sum(bundle_cpus(resolved))
 
 
-def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+def _group_spec(
+    args: ServeArgs, folder: Path, config: ModelConfig, unused_token_ids: IdRanges
+) -> GroupSpec:
     executor = _executor(args)
     local = executor == "local"
     stages = 1 if local else (args.stages or 1)
@@ -135,6 +148,7 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
         quantization=_quantization(args, config),
+        unused_token_ids=unused_token_ids,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.chat import ChatTemplate, load_chat_template
+from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
 from deploy.tokenizer import TextTokenizer, load_tokenizer
-
-log = logging.getLogger("conclave.ingress")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,31 +83,40 @@ def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int)
 def load_defaults(
     folder: Path, tokenizer: TextTokenizer | None
 ) -> tuple[SamplingDefaults, list[str]]:
-    """Sampling defaults and warnings about entries that are not honoured. Raises ValueError."""
-    generation = _read_json(folder / "generation_config.json")
-    eos = _ids(generation.get("eos_token_id"))
-    eos = eos or _ids(_read_json(folder / "config.json").get("eos_token_id"))
+    """Sampling defaults and warnings about entries that are not honoured. Raises ValueError.
+
+    generation_config.json, where it says anything, is alone in saying it: its end-of-sequence
+    tokens are not joined with config.json's, also when it was derived from that file.
+    """
+    file = folder / "generation_config.json"
+    generation = read_json_object(file)
+    eos = _token_ids(file, generation) or _token_ids(
+        folder / "config.json", read_json_object(folder / "config.json")
+    )
     eos = eos or _eos_of_tokenizer(folder, tokenizer)
     warnings = [] if eos else ["no end-of-sequence token is declared: answers end at max_tokens"]
-    penalty = generation.get("repetition_penalty")
-    if penalty not in (None, 1, 1.0):
+    penalty = _number(file, generation, "repetition_penalty", 1.0, above=0.0)
+    if penalty != 1.0:
         warnings.append(f"generation_config.json: repetition_penalty={penalty} is not applied yet")
+    do_sample = generation.get("do_sample")
+    if not isinstance(do_sample, bool | None):
+        raise ValueError(f"{file}: do_sample: must be true or false, not {do_sample!r}")
     # do_sample=false makes Transformers ignore the rest, so it does here.
-    chosen = {} if generation.get("do_sample") is False else generation
+    chosen = {} if do_sample is False else generation
     return (
         SamplingDefaults(
             eos_token_ids=eos,
-            temperature=_number(chosen, "temperature", 1.0),
-            top_p=_number(chosen, "top_p", 1.0),
-            top_k=int(_number(chosen, "top_k", 0)),
-            min_p=_number(chosen, "min_p", 0.0),
+            temperature=_number(file, chosen, "temperature", 1.0),
+            top_p=_number(file, chosen, "top_p", 1.0, above=0.0, most=1.0),
+            top_k=_top_k(file, chosen),
+            min_p=_number(file, chosen, "min_p", 0.0, most=1.0),
         ),
         warnings,
     )
 
 
 def _eos_of_tokenizer(folder: Path, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
-    token = _read_json(folder / "tokenizer_config.json").get("eos_token")
+    token = read_json_object(folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
     if tokenizer is None or not isinstance(text, str):
         return ()
@@ -117,21 +124,46 @@ def _eos_of_tokenizer(folder: Path, tokenizer: TextTokenizer | None) -> tuple[in
     return () if found is None else (found,)
 
 
-def _ids(value: object) -> tuple[int, ...]:
-    values = value if isinstance(value, list) else [value]
-    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool))
+def _token_ids(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    value = config.get("eos_token_id")
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(_is_integer(v) and v >= 0 for v in values):
+        raise ValueError(
+            f"{file}: eos_token_id: must be a token id or a list of token ids, not {value!r}"
+        )
+    return tuple(dict.fromkeys(values))
 
 
-def _number(config: Mapping[str, Any], key: str, default: float) -> float:
+def _number(
+    file: Path,
+    config: Mapping[str, Any],
+    key: str,
+    default: float,
+    *,
+    above: float = -math.inf,
+    most: float = math.inf,
+) -> float:
+    """A number of at least 0, greater than `above` and at most `most`; null means `default`."""
     value = config.get(key)
-    return float(value) if isinstance(value, int | float) else default
+    if value is None:
+        return default
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 <= value < math.inf or not above < value <= most:
+        low = "greater than 0" if above == 0 else "at least 0"
+        high = "" if most == math.inf else f" and at most {most:g}"
+        raise ValueError(f"{file}: {key}: must be a number {low}{high}, not {value!r}")
+    return float(value)
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+def _top_k(file: Path, config: Mapping[str, Any]) -> int:
+    """0 stands for all tokens; so does -1, as some tools write."""
+    value = config.get("top_k")
+    if value is None:
+        return 0
+    if not _is_integer(value) or value < -1:
+        raise ValueError(f"{file}: top_k: must be an integer of at least 0, not {value!r}")
+    return max(0, int(value))
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

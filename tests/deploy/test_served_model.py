@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from deploy.demo import nano_checkpoint
-from deploy.served_model import load_defaults, load_served_model
+from deploy.served_model import SamplingDefaults, load_defaults, load_served_model
 from deploy.tokenizer import load_tokenizer
 
 
@@ -23,9 +24,23 @@ def write(folder: Path, name: str, value: dict[str, Any]) -> None:
     [
         ({"eos_token_id": [7, 8]}, {"eos_token_id": 9}, (7, 8)),
         ({"eos_token_id": 7}, {}, (7,)),
+        ({"eos_token_id": 0}, {"eos_token_id": 9}, (0,)),
+        ({"eos_token_id": [7, 8, 7]}, {}, (7, 8)),
         ({}, {"eos_token_id": 9}, (9,)),
+        ({"temperature": 0.5}, {"eos_token_id": 9}, (9,)),
         ({"eos_token_id": None}, {"eos_token_id": [9]}, (9,)),
+        ({"eos_token_id": []}, {"eos_token_id": [9]}, (9,)),
         ({}, {}, ()),
+        # Derived from config.json by an old Transformers, it still counts alone.
+        ({"_from_model_config": True, "eos_token_id": 2}, {"eos_token_id": [2, 518]}, (2,)),
+        # The published files: dbrx-instruct, Phi-3.5-MoE and Jamba 1.5.
+        ({"eos_token_id": [100257, 100279]}, {}, (100257, 100279)),
+        (
+            {"bos_token_id": 1, "eos_token_id": [32000, 32001, 32007], "pad_token_id": 32000},
+            {"eos_token_id": 32000},
+            (32000, 32001, 32007),
+        ),
+        ({"eos_token_id": [2, 518], "pad_token_id": 0}, {"eos_token_id": [2, 518]}, (2, 518)),
     ],
 )
 def test_eos(
@@ -41,6 +56,11 @@ def test_eos(
     assert bool(warnings) == (not expected)
 
 
+def test_eos_of_config_without_a_generation_config(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"eos_token_id": [3, 4]})
+    assert load_defaults(tmp_path, None)[0].eos_token_ids == (3, 4)
+
+
 def test_eos_of_the_tokenizer_when_nothing_else_says(tmp_path: Path) -> None:
     source = nano_checkpoint("nano-dbrx")
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -51,15 +71,83 @@ def test_eos_of_the_tokenizer_when_nothing_else_says(tmp_path: Path) -> None:
     assert defaults.eos_token_ids == (tokenizer.token_id("<|endoftext|>"),)
 
 
-def test_sampling_defaults(tmp_path: Path) -> None:
-    values = {"temperature": 0.3, "top_k": 20, "top_p": 0.8, "eos_token_id": 1}
-    for do_sample, temperature in ((True, 0.3), (None, 0.3), (False, 1.0)):
-        write(tmp_path, "generation_config.json", {**values, "do_sample": do_sample})
-        defaults, _ = load_defaults(tmp_path, None)
-        assert defaults.temperature == temperature
-        assert (defaults.top_k, defaults.top_p) == ((20, 0.8) if temperature == 0.3 else (0, 1.0))
-    write(tmp_path, "generation_config.json", {"eos_token_id": 1, "repetition_penalty": 1.2})
-    assert "repetition_penalty" in load_defaults(tmp_path, None)[1][0]
+SAMPLING = {"temperature": 0.3, "top_k": 20, "top_p": 0.8, "min_p": 0.05}
+
+
+@pytest.mark.parametrize("do_sample", [True, None])
+def test_sampling_defaults(tmp_path: Path, do_sample: bool | None) -> None:
+    write(tmp_path, "config.json", {"temperature": 0.9, "top_k": 3})
+    values = {**SAMPLING, "do_sample": do_sample, "eos_token_id": 1, "max_new_tokens": 5}
+    write(tmp_path, "generation_config.json", values)
+    defaults, warnings = load_defaults(tmp_path, None)
+    assert defaults == SamplingDefaults(eos_token_ids=(1,), **SAMPLING)
+    assert warnings == []
+
+
+@pytest.mark.parametrize(
+    "generation", [{}, dict.fromkeys(SAMPLING), {**SAMPLING, "do_sample": False}]
+)
+def test_openais_sampling_where_the_checkpoint_is_silent(
+    tmp_path: Path, generation: dict[str, Any]
+) -> None:
+    write(tmp_path, "config.json", {**SAMPLING, "eos_token_id": 1})
+    write(tmp_path, "generation_config.json", generation)
+    assert load_defaults(tmp_path, None)[0] == SamplingDefaults(
+        eos_token_ids=(1,), temperature=1.0, top_p=1.0, top_k=0, min_p=0.0
+    )
+
+
+@pytest.mark.parametrize(("top_k", "expected"), [(0, 0), (-1, 0), (1, 1)])
+def test_top_k_of_none_or_minus_one_means_all(tmp_path: Path, top_k: int, expected: int) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": 1, "top_k": top_k})
+    assert load_defaults(tmp_path, None)[0].top_k == expected
+
+
+def test_temperature_zero_is_greedy(tmp_path: Path) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": 1, "temperature": 0})
+    assert load_defaults(tmp_path, None)[0].temperature == 0.0
+
+
+def test_repetition_penalty_is_told(tmp_path: Path) -> None:
+    for penalty, told in ((1.2, True), (1, False), (1.0, False), (None, False)):
+        values = {"eos_token_id": 1, "repetition_penalty": penalty}
+        write(tmp_path, "generation_config.json", values)
+        warnings = load_defaults(tmp_path, None)[1]
+        assert any("repetition_penalty" in warning for warning in warnings) == told
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("eos_token_id", v) for v in ("2", 2.0, True, -1, [2, "3"], [None], [[2]], {"a": 1})),
+        *(("temperature", v) for v in ("0.5", True, -0.1, [1], math.nan, math.inf)),
+        *(("top_p", v) for v in ("1", 0, 1.5, -1, False)),
+        *(("min_p", v) for v in ("0", -0.1, 1.1)),
+        *(("top_k", v) for v in ("5", 5.0, -2, True)),
+        *(("do_sample", v) for v in ("false", 0, 1)),
+        *(("repetition_penalty", v) for v in ("1", 0, -1.0, True)),
+    ],
+)
+def test_malformed_values_are_named(tmp_path: Path, key: str, value: Any) -> None:
+    write(tmp_path, "generation_config.json", {"eos_token_id": 1, key: value})
+    with pytest.raises(ValueError, match=rf"generation_config\.json: {key}: "):
+        load_defaults(tmp_path, None)
+
+
+def test_a_malformed_eos_of_config_is_named(tmp_path: Path) -> None:
+    write(tmp_path, "config.json", {"eos_token_id": "2"})
+    with pytest.raises(ValueError, match=r"config\.json: eos_token_id: .*'2'"):
+        load_defaults(tmp_path, None)
+    # It is not read where the other file says it.
+    write(tmp_path, "generation_config.json", {"eos_token_id": 1})
+    assert load_defaults(tmp_path, None)[0].eos_token_ids == (1,)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "3", '"a"'])
+def test_a_file_that_is_no_json_object_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation_config\.json: "):
+        load_defaults(tmp_path, None)
 
 
 def test_bare_folder_is_served_with_warnings(tmp_path: Path) -> None:
