@@ -26,11 +26,15 @@ class Admission:
         """Sequences that are under way."""
         return self._live
 
-    def check(self, num_sequences: int) -> None:
-        """Raises ApiError: 503 with the time after which there should be room, 400 if never."""
+    def check(self, num_sequences: int, param: str = "n") -> None:
+        """Raises ApiError: 503 with the time after which there should be room, 400 if never.
+
+        `param` is the request's field that asks for so many.
+        """
         if num_sequences > self._bound:
             raise ApiError(
-                f"n: {num_sequences} sequences in one request, allowed are {self._bound}", param="n"
+                f"{param}: {num_sequences} sequences in one request, allowed are {self._bound}",
+                param=param,
             )
         if self._live + num_sequences <= self._bound:
             return

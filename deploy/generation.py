@@ -6,14 +6,17 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 
+from deploy.compute import Arrays
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, CompletionRequest
+from deploy.prompts import Echo, check_tokens, too_long
 from deploy.served_model import SamplingDefaults, ServedModel
 from deploy.stop_strings import StopMatcher
 from deploy.tokenizer import Detokenizer, TextTokenizer
-from router.step import FinishReason, SamplingParams, Token
+from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
 from shards.client import ModelClient
 
 _COMPLETION_MAX_TOKENS = 16
@@ -31,13 +34,16 @@ class ChoicePlan:
     stops: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
+    want: Want = NOTHING
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """One token's contribution to a choice; `text` may lag behind the token or run empty.
 
-    `offset` is where the token's own text begins in the choice's text.
+    `offset` is where the token's own text begins in the text that was generated. `prompt` holds
+    what was wanted of the prompt; it comes with the first delta.
     """
 
     index: int
@@ -45,18 +51,36 @@ class Delta:
     text: str
     offset: int
     finish: str | None
+    prompt: Arrays | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether nothing of this choice has come before."""
+        return self.token.position == 0
+
+    @property
+    def has_token(self) -> bool:
+        """False for the end of a choice of which nothing was to be generated."""
+        return self.token.token_id != NO_TOKEN
 
 
 def plan_choices(
-    model: ServedModel, request: ChatRequest | CompletionRequest, prompts: Sequence[tuple[int, ...]]
+    model: ServedModel,
+    request: ChatRequest | CompletionRequest,
+    prompts: Sequence[tuple[int, ...]],
+    echoes: Sequence[Echo] = (),
 ) -> list[ChoicePlan]:
-    """`n` sequences per prompt, numbered as OpenAI does. Raises ApiError."""
+    """`n` sequences per prompt, numbered as OpenAI does; `echoes` are the prompts' own, if any.
+
+    Raises ApiError.
+    """
     if request.stop_strings:
         model.need_tokenizer("stop")
     n = request.n or 1
     plans: list[ChoicePlan] = []
     seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
-    for prompt in prompts:
+    want = _want(request)
+    for prompt, echo in zip_longest(prompts, echoes):
         max_tokens = _max_tokens(model, request, prompt)
         for sample_idx in range(n):
             plans.append(
@@ -68,9 +92,19 @@ def plan_choices(
                     stops=request.stop_strings,
                     include_stop=request.include_stop_str_in_output,
                     skip_special_tokens=request.skip_special_tokens,
+                    want=want,
+                    echo=echo,
                 )
             )
     return plans
+
+
+def _want(request: ChatRequest | CompletionRequest) -> Want:
+    """What is wanted of the prompt: its own log-probabilities, for the API's two ways to ask."""
+    asked = [] if request.prompt_logprobs is None else [request.prompt_logprobs]
+    if isinstance(request, CompletionRequest) and request.echo and request.logprobs is not None:
+        asked.append(request.logprobs)
+    return Want(prompt_logprobs=max(asked)) if asked else NOTHING
 
 
 def _max_tokens(
@@ -79,36 +113,21 @@ def _max_tokens(
     """Tokens this sequence may emit. Raises ApiError when prompt or answer cannot fit."""
     chat = isinstance(request, ChatRequest)
     where = "messages" if chat else "prompt"
-    if not prompt:
-        raise ApiError(f"{where}: the prompt has no tokens", param=where)
-    worst = next((t for t in prompt if t >= model.vocab_size), None)
-    if worst is not None:
-        raise ApiError(
-            f"{where}: token id {worst} is out of range, allowed are 0..{model.vocab_size - 1}",
-            param=where,
-        )
+    check_tokens(model, prompt, where)
     room = model.max_model_len - len(prompt)
-    if room < 1:
-        raise _too_long(model, f"the prompt has {len(prompt)} tokens", where)
+    if room < (0 if request.max_tokens == 0 else 1):
+        raise too_long(model, f"the prompt has {len(prompt)} tokens", where)
     key, wanted = "max_tokens", request.max_tokens
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         key, wanted = "max_completion_tokens", request.max_completion_tokens
     if wanted is not None and wanted > room:
         asked = f"{len(prompt)} in the prompt and {wanted} in {key} were requested"
-        raise _too_long(model, asked, key)
+        raise too_long(model, asked, key)
     if wanted is None:
         wanted = room if chat else min(room, _COMPLETION_MAX_TOKENS)
     if request.min_tokens > wanted:
         raise ApiError(f"min_tokens: must not exceed max_tokens={wanted}", param="min_tokens")
     return wanted
-
-
-def _too_long(model: ServedModel, what: str, param: str) -> ApiError:
-    return ApiError(
-        f"This model's maximum context length is {model.max_model_len} tokens; {what}.",
-        param=param,
-        code="context_length_exceeded",
-    )
 
 
 def _sampling(
@@ -157,6 +176,7 @@ class ChoiceText:
         offset = self._decoded
         # The token that ended the sequence is not part of the answer.
         hidden = token.finish is FinishReason.STOP and not self._plan.include_stop
+        hidden = hidden or token.token_id == NO_TOKEN
         text = "" if hidden or self._detokenizer is None else self._detokenizer.push(token.token_id)
         if token.finish is not None and self._detokenizer is not None:
             text += self._detokenizer.flush()
@@ -177,10 +197,12 @@ async def run_choice(
 ) -> AsyncGenerator[Delta, None]:
     """Generate one sequence; leaving early, for whatever reason, aborts it."""
     text = ChoiceText(plan, tokenizer)
-    stream = client.generate(plan.prompt, plan.sampling, priority=plan.priority)
+    stream = client.generate(plan.prompt, plan.sampling, priority=plan.priority, want=plan.want)
     try:
         async for token in stream:
             delta = text.push(token)
+            if delta.is_first and plan.want != NOTHING:
+                delta = replace(delta, prompt=stream.outputs)
             yield delta
             if delta.finish is not None:
                 return

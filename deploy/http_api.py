@@ -46,6 +46,11 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
     async def completions(request: Request) -> Response:
         return await _generate(request, service.completions)
 
+    @route("/classify", "POST")
+    @route("/v1/classify", "POST")
+    async def classify(request: Request) -> Response:
+        return await _generate(request, service.classify)
+
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
         return _json(service.models())

@@ -49,6 +49,7 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "build": f"conclave-{VERSION}",
         "isa": instruction_set(),
         "dtype": resolved.spec.dtype,
+        "heads": sorted(resolved.facts.heads),
         "quantization": resolved.spec.quantization,
         "threads": resolved.spec.threads,
         "kernel_backends": {"attention": "torch", "mamba": "torch", "experts": "torch"},
@@ -79,7 +80,9 @@ class Ingress:
         self._service = ApiService(
             self._group,
             model,
+            resolved.facts,
             max_num_seqs=spec.limits.max_num_seqs,
+            max_num_batched_tokens=spec.limits.max_num_batched_tokens,
             replica_id=context.replica_tag,
             build=build_facts(resolved),
         )
@@ -89,11 +92,19 @@ class Ingress:
 
     async def chat(self, body: Json) -> Any:
         """A chat completion; with `stream` an async generator of chunks."""
-        return await _or_error(self._service.chat, body)
+        return await _or_error(self._service.chat, body, streams=_streams(body))
 
     async def completions(self, body: Json) -> Any:
         """A completion; with `stream` an async generator of chunks."""
-        return await _or_error(self._service.completions, body)
+        return await _or_error(self._service.completions, body, streams=_streams(body))
+
+    async def classify(self, body: Json) -> Any:
+        """What /v1/classify answers."""
+        return await _or_error(self._service.classify, body)
+
+    async def forward(self, body: Json) -> Any:
+        """One forward over a batch of token ids: numpy arrays as Transformers names them."""
+        return await _or_error(self._service.forward, body)
 
     async def models(self) -> Json:
         """What /v1/models shows."""
@@ -114,9 +125,13 @@ class Ingress:
             await asyncio.to_thread(group.stop)
 
 
-async def _or_error(call: Any, body: Json) -> Any:
+def _streams(body: object) -> bool:
+    value = body.get("stream") if isinstance(body, dict) else None
+    return isinstance(value, int) and value != 0
+
+
+async def _or_error(call: Any, body: Json, *, streams: bool = False) -> Any:
     """Errors are answers too: handles get the OpenAI error body instead of an exception."""
-    streams = isinstance(body, dict) and bool(body.get("stream"))
     try:
         result = await call(body)
     except ApiError as error:

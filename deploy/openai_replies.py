@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.generation import Delta
+from deploy.generation import ChoicePlan, Delta
 from deploy.openai_errors import Json
+from deploy.prompt_logprobs import PromptLogprobs, finite
 from deploy.tokenizer import TextTokenizer
 from deploy.version import VERSION
 from router.step import Token
-
-# What JSON cannot say; OpenAI and vLLM write the same number for "impossible".
-_LEAST_LOGPROB = -9999.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +24,7 @@ class ReplyContext:
     tokenizer: TextTokenizer | None
     chat: bool
     num_logprobs: int | None
+    num_prompt_logprobs: int | None
     tokens_as_ids: bool
     token_ids: bool
     include_usage: bool = False
@@ -56,6 +56,11 @@ def usage(prompt_tokens: int, completion_tokens: int) -> Json:
     }
 
 
+def warnings(unknown_fields: Sequence[str]) -> tuple[str, ...]:
+    """One sentence for each field that nobody here knows."""
+    return tuple(f"unknown field {name} has no effect" for name in unknown_fields)
+
+
 def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json:
     """The object around choices."""
     if context.chat:
@@ -72,34 +77,37 @@ def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json
     }
 
 
-def choice(context: ReplyContext, index: int, reply: ChoiceReply, prompt: tuple[int, ...]) -> Json:
+def choice(context: ReplyContext, plan: ChoicePlan, reply: ChoiceReply) -> Json:
     """One finished choice."""
     text = "".join(reply.text)
-    body: Json = {"index": index}
+    body: Json = {"index": plan.index}
     if context.chat:
         body["message"] = {"role": "assistant", "content": text, "refusal": None}
     else:
-        body["text"] = text
-    body["logprobs"] = logprobs(context, reply.deltas)
+        body["text"] = text if plan.echo is None else plan.echo.text + text
+    body["logprobs"] = logprobs(context, plan, reply.deltas)
     body["finish_reason"] = reply.deltas[-1].finish
     if context.token_ids:
-        body["token_ids"] = [delta.token.token_id for delta in reply.deltas]
+        body["token_ids"] = [delta.token.token_id for delta in reply.deltas if delta.has_token]
         if not context.chat:
-            body["prompt_token_ids"] = list(prompt)
+            body["prompt_token_ids"] = list(plan.prompt)
+    if not context.chat and context.num_prompt_logprobs is not None:
+        body["prompt_logprobs"] = prompt_logprobs(context, reply)
     return body
 
 
-def chunk_choice(context: ReplyContext, delta: Delta) -> Json:
-    """One choice of a streamed chunk."""
-    body: Json = {"index": delta.index}
+def chunk_choice(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> Json:
+    """One choice of a streamed chunk; an echo comes with the first."""
+    body: Json = {"index": plan.index}
     if context.chat:
         body["delta"] = {"content": delta.text} if delta.text or delta.finish is None else {}
     else:
-        body["text"] = delta.text
-    body["logprobs"] = logprobs(context, [delta])
+        echoed = plan.echo.text if plan.echo is not None and delta.is_first else ""
+        body["text"] = echoed + delta.text
+    body["logprobs"] = logprobs(context, plan, [delta])
     body["finish_reason"] = delta.finish
     if context.token_ids:
-        body["token_ids"] = [delta.token.token_id]
+        body["token_ids"] = [delta.token.token_id] if delta.has_token else []
     return body
 
 
@@ -113,17 +121,41 @@ def role_choice(index: int) -> Json:
     }
 
 
-def logprobs(context: ReplyContext, deltas: list[Delta]) -> Json | None:
+def logprobs(context: ReplyContext, plan: ChoicePlan, deltas: list[Delta]) -> Json | None:
     """Log-probabilities in the route's own format, or None when they were not asked for."""
     if context.num_logprobs is None:
         return None
+    tokens = [delta.token for delta in deltas if delta.has_token]
     if context.chat:
-        return {"content": [_chat_logprob(context, delta.token) for delta in deltas]}
+        return {"content": [_chat_logprob(context, token) for token in tokens]}
+    echo = plan.echo
+    before = 0 if echo is None else len(echo.text)
+    legacy = _legacy(context, tokens)
+    legacy["text_offset"] = [before + delta.offset for delta in deltas if delta.has_token]
+    if echo is None or not deltas[0].is_first:
+        return legacy
+    # Nothing predicts a prompt's first token.
+    rest = PromptLogprobs.read(deltas[0].prompt or {}).tokens
+    echoed = _legacy(context, rest)
+    echoed["tokens"].insert(0, _label(context, plan.prompt[0]))
+    echoed["token_logprobs"].insert(0, None)
+    echoed["top_logprobs"].insert(0, None)
+    echoed["text_offset"] = [*echo.offsets]
+    return {key: [*values, *legacy[key]] for key, values in echoed.items()}
+
+
+def prompt_logprobs(context: ReplyContext, reply: ChoiceReply) -> list[dict[str, Json] | None]:
+    """vLLM's list for the prompt of a choice, of which `num_prompt_logprobs` were asked for."""
+    assert context.num_prompt_logprobs is not None
+    read = PromptLogprobs.read(reply.deltas[0].prompt or {})
+    return read.as_vllm(context.num_prompt_logprobs, context.tokenizer)
+
+
+def _legacy(context: ReplyContext, tokens: Sequence[Token]) -> dict[str, list[Any]]:
     return {
-        "tokens": [_label(context, delta.token.token_id) for delta in deltas],
-        "token_logprobs": [_finite(delta.token.logprob) for delta in deltas],
-        "top_logprobs": [_top_by_label(context, delta.token) for delta in deltas],
-        "text_offset": [delta.offset for delta in deltas],
+        "tokens": [_label(context, token.token_id) for token in tokens],
+        "token_logprobs": [finite(token.logprob) for token in tokens],
+        "top_logprobs": [_top_by_label(context, token) for token in tokens],
     }
 
 
@@ -139,7 +171,7 @@ def _entry(context: ReplyContext, token_id: int, value: float | None) -> Json:
     tokenizer = context.tokenizer
     return {
         "token": _label(context, token_id),
-        "logprob": _finite(value),
+        "logprob": finite(value),
         "bytes": None if tokenizer is None else list(tokenizer.token_bytes(token_id)),
     }
 
@@ -148,9 +180,9 @@ def _top_by_label(context: ReplyContext, token: Token) -> dict[str, Any] | None:
     if not context.num_logprobs:
         return None
     # The sampled token is always there, even when it is not among the best.
-    labels = {_label(context, token.token_id): _finite(token.logprob)}
+    labels = {_label(context, token.token_id): finite(token.logprob)}
     for token_id, value in token.top_logprobs[: context.num_logprobs]:
-        labels.setdefault(_label(context, token_id), _finite(value))
+        labels.setdefault(_label(context, token_id), finite(value))
     return labels
 
 
@@ -163,7 +195,3 @@ def _label(context: ReplyContext, token_id: int) -> str:
     except UnicodeDecodeError:
         # OpenAI's spelling of a token that is a part of a character.
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
-
-
-def _finite(value: float | None) -> float | None:
-    return None if value is None else max(value, _LEAST_LOGPROB)

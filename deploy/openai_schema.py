@@ -1,4 +1,4 @@
-"""Requests of /v1/chat/completions and /v1/completions, with vLLM's names for extensions."""
+"""Requests of the generating routes and of /v1/classify, with vLLM's names for extensions."""
 
 from __future__ import annotations
 
@@ -16,11 +16,18 @@ MAX_CHOICES = 128
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 Stop = Annotated[str, Field(min_length=1)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 
 class _Strict(BaseModel):
     # Strict: "0.5" is no temperature and true is no seed. Unknown fields are kept to be named.
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Fields that nobody here knows; they are named in the response's warnings."""
+        return [key for key in self.model_extra or () if key not in IGNORED_FIELDS]
 
 
 class StreamOptions(_Strict):
@@ -51,7 +58,8 @@ class GenerationRequest(_Strict):
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    priority: Priority = 0
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -62,11 +70,9 @@ class GenerationRequest(_Strict):
 
     @property
     def unknown_fields(self) -> list[str]:
-        """Fields that nobody here knows; they are named in the response's warnings."""
-        extra = [*(self.model_extra or ())]
-        if self.stream_options is not None:
-            extra += [f"stream_options.{key}" for key in self.stream_options.model_extra or ()]
-        return [key for key in extra if key not in IGNORED_FIELDS]
+        """Those of `stream_options` too."""
+        nested = self.stream_options.unknown_fields if self.stream_options is not None else []
+        return [*super().unknown_fields, *(f"stream_options.{key}" for key in nested)]
 
 
 class TextPart(BaseModel):
@@ -114,36 +120,66 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions: text, token ids, or a list of either."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Texts
+    max_tokens: Annotated[int, Field(ge=0, lt=INT64)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool = False
     add_special_tokens: bool = True
 
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry per prompt. Raises ApiError when there is none."""
-        if isinstance(self.prompt, str):
-            return [self.prompt]
-        if not self.prompt:
-            raise ApiError("prompt: must not be an empty list", param="prompt")
-        # The type allows lists of one kind only: all token ids, or none.
-        token_ids: list[int] = []
-        prompts: list[str | list[int]] = []
-        for entry in self.prompt:
-            if isinstance(entry, int):
-                token_ids.append(entry)
-            else:
-                prompts.append(entry)
-        return prompts or [token_ids]
+        return _one_by_one(self.prompt, "prompt")
 
 
-Request = TypeVar("Request", ChatRequest, CompletionRequest)
+class ClassifyRequest(_Strict):
+    """POST /v1/classify: `input` as a completion's prompt, or one chat's `messages`."""
+
+    model: str | None = None
+    input: Texts | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
+    """Keep the last k tokens; -1: as many as fit."""
+    use_activation: bool = True
+    """False: the head's scores as they are."""
+    add_special_tokens: bool | None = None
+    """None: with text, not with `messages`, whose template writes its own."""
+    add_generation_prompt: bool = False
+    continue_final_message: bool = False
+    documents: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    priority: Priority = 0
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """One entry per input. Raises ApiError when there is none."""
+        return _one_by_one(self.input or [], "input")
+
+
+def _one_by_one(texts: Texts, param: str) -> list[str | list[int]]:
+    if isinstance(texts, str):
+        return [texts]
+    if not texts:
+        raise ApiError(f"{param}: must not be an empty list", param=param)
+    # The type allows lists of one kind only: all token ids, or none.
+    token_ids: list[int] = []
+    prompts: list[str | list[int]] = []
+    for entry in texts:
+        if isinstance(entry, int):
+            token_ids.append(entry)
+        else:
+            prompts.append(entry)
+    return prompts or [token_ids]
+
+
+Request = TypeVar("Request", ChatRequest, CompletionRequest, ClassifyRequest)
 
 
 def parse_request(kind: type[Request], body: object) -> Request:
     """Check a decoded body. Raises ApiError 400 that names the field."""
     if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
         raise ApiError("the request body must be a JSON object")
-    refuse_unsupported(body)
+    refuse_unsupported(body, kind.model_fields)
     try:
         request = kind.model_validate({k: v for k, v in body.items() if v is not None})
     except ValidationError as error:
@@ -151,17 +187,35 @@ def parse_request(kind: type[Request], body: object) -> Request:
         param = str(first["loc"][0]) if first["loc"] else None
         where = ".".join(str(part) for part in first["loc"])
         raise ApiError(f"{where}: {first['msg']}", param=param) from None
-    _refuse_combinations(request)
+    if isinstance(request, ClassifyRequest):
+        _refuse_input(request)
+    else:
+        _refuse_combinations(request)
+    if isinstance(request, ChatRequest | ClassifyRequest):
+        _refuse_continuation(request)
     return request
 
 
 def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
     if request.stream_options is not None and not request.stream:
         raise ApiError("stream_options: only allowed with stream=true", param="stream_options")
-    if not isinstance(request, ChatRequest):
-        return
-    if request.top_logprobs is not None and not request.logprobs:
+    if request.prompt_logprobs is not None and request.stream:
+        raise ApiError("prompt_logprobs: not available with stream=true", param="prompt_logprobs")
+    if isinstance(request, CompletionRequest):
+        if request.max_tokens == 0 and not request.echo:
+            raise ApiError("max_tokens: 0 is only allowed with echo=true", param="max_tokens")
+    elif request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
+
+
+def _refuse_input(request: ClassifyRequest) -> None:
+    if request.input is None and request.messages is None:
+        raise ApiError("input: required, unless there are messages", param="input")
+    if request.input is not None and request.messages is not None:
+        raise ApiError("messages: not allowed together with input", param="messages")
+
+
+def _refuse_continuation(request: ChatRequest | ClassifyRequest) -> None:
     if request.continue_final_message and request.add_generation_prompt:
         raise ApiError(
             "continue_final_message: only allowed with add_generation_prompt=false",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
+from deploy.model_facts import ModelFacts, model_facts
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.spec import GroupSpec
@@ -31,6 +32,7 @@ class ResolvedArgs:
     vocab_size: int
     num_layers: int
     num_experts: int
+    facts: ModelFacts
     spec: GroupSpec
     api_keys: tuple[str, ...]
     min_replicas: int
@@ -81,6 +83,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         vocab_size=config.vocab_size,
         num_layers=config.num_layers,
         num_experts=config.num_experts,
+        facts=model_facts(config),
         spec=_group_spec(args, folder, config, _unused_token_ids(served)),
         api_keys=args.api_key,
         min_replicas=args.min_replicas,

@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from typing import Any
 
-from deploy.admission import Admission
-from deploy.generation import ChoicePlan, Delta, plan_choices, run_choices
-from deploy.openai_errors import ApiError, Json
-from deploy.openai_replies import (
-    ChoiceReply,
-    ReplyContext,
-    choice,
-    chunk_choice,
-    envelope,
-    role_choice,
-    usage,
-)
-from deploy.openai_schema import ChatRequest, CompletionRequest, parse_request
-from deploy.served_model import ServedModel
-from shards.client import GroupFailed, GroupState, ModelClient, SequenceRefused
+import numpy as np
 
-log = logging.getLogger("conclave.ingress")
+from deploy.admission import Admission
+from deploy.answer import Answer, api_error
+from deploy.classify import classify_body, classify_inputs, pooled_position
+from deploy.compute import Arrays, Computation, compute
+from deploy.forward import Outputs, plan_forward
+from deploy.generation import plan_choices
+from deploy.model_facts import ModelFacts
+from deploy.openai_errors import ApiError, Json
+from deploy.openai_replies import ReplyContext, warnings
+from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
+from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
+from deploy.served_model import ServedModel
+from router.step import Want
+from shards.client import GroupFailed, GroupState, ModelClient, SequenceRefused
 
 _WAITING_PER_RUNNING = 16
 
@@ -39,13 +37,17 @@ class ApiService:
         self,
         client: ModelClient,
         model: ServedModel,
+        facts: ModelFacts,
         *,
         max_num_seqs: int,
+        max_num_batched_tokens: int,
         replica_id: str = "",
         build: Mapping[str, Any] | None = None,
     ) -> None:
         self._client = client
         self._model = model
+        self._facts = facts
+        self._max_batched_tokens = max_num_batched_tokens
         self._admission = Admission(max_num_seqs, _WAITING_PER_RUNNING * max_num_seqs)
         self._replica_id = replica_id
         self._build = dict(build or {})
@@ -59,15 +61,46 @@ class ApiService:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(ChatRequest, body)
         self._check_model(request.model)
-        prompt = await asyncio.to_thread(self._chat_prompt, request)
+        self._facts.need_lm_head()
+        prompt = await asyncio.to_thread(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
     async def completions(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(CompletionRequest, body)
         self._check_model(request.model)
-        prompts = await asyncio.to_thread(self._text_prompts, request)
+        self._facts.need_lm_head()
+        prompts = await asyncio.to_thread(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
+
+    async def classify(self, body: object) -> Json:
+        """/v1/classify: what the classification head says of each input. Raises ApiError."""
+        request = parse_request(ClassifyRequest, body)
+        self._check_model(request.model)
+        label_set = self._facts.need_labels()
+        param = "input" if request.messages is None else "messages"
+        if request.messages is None:  # too many are refused before they are tokenized
+            self._admission.check(len(request.prompts), param)
+        inputs = await asyncio.to_thread(classify_inputs, self._model, request, param)
+        computations = [
+            Computation(
+                tokens=tokens,
+                want=Want(score_position=pooled_position(tokens, label_set.pad_token_id)),
+                priority=request.priority,
+            )
+            for tokens in inputs
+        ]
+        rows = await self._compute(computations, param)
+        scores = [row["score"][0].astype(np.float32) for row in rows]
+        return classify_body(self._model, request, label_set, inputs, scores)
+
+    async def forward(self, body: object) -> Outputs:
+        """One forward over a batch, as Transformers defines its outputs. Raises ApiError."""
+        batch = await asyncio.to_thread(
+            plan_forward, body, self._facts, self._model.max_model_len, self._max_batched_tokens
+        )
+        rows = await self._compute(batch.computations(), "input_ids")
+        return await asyncio.to_thread(batch.outputs, rows)
 
     def models(self) -> Json:
         """/v1/models."""
@@ -112,41 +145,18 @@ class ApiService:
                 code="model_not_found",
             )
 
-    def _chat_prompt(self, request: ChatRequest) -> tuple[int, ...]:
-        tokenizer = self._model.need_tokenizer("messages")
-        text = self._model.need_template().render(
-            [message.for_template() for message in request.messages],
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=request.continue_final_message,
-            documents=request.documents,
-            variables=request.chat_template_kwargs,
-        )
-        # The template writes its own special tokens: adding them again would double Jamba's BOS.
-        special = request.add_special_tokens
-        return tokenizer.encode(text, add_special_tokens=special, param="messages")
-
-    def _text_prompts(self, request: CompletionRequest) -> list[tuple[int, ...]]:
-        prompts: list[tuple[int, ...]] = []
-        for prompt in request.prompts:
-            if isinstance(prompt, str):
-                tokenizer = self._model.need_tokenizer("prompt")
-                special = request.add_special_tokens
-                ids = tokenizer.encode(prompt, add_special_tokens=special, param="prompt")
-                prompts.append(ids)
-            else:
-                prompts.append(tuple(prompt))
-        return prompts
-
     async def _answer(
-        self, request: ChatRequest | CompletionRequest, prompts: list[tuple[int, ...]]
+        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
     ) -> Json | AsyncGenerator[Json, None]:
-        plans = plan_choices(self._model, request, prompts)
+        token_ids = [prompt.token_ids for prompt in prompts]
+        echoes = self._echoes(request, prompts)
+        plans = plan_choices(self._model, request, token_ids, echoes)
         self._check_ready()
         self._admission.check(len(plans))
-        context = self._context(request)
+        answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
         if not request.stream:
-            return await self._collect(context, plans, prompts)
-        chunks = self._stream(context, plans, prompts)
+            return await answer.collect()
+        chunks = answer.stream()
         # The first chunk waits for the first token, so that a refusal is still a plain error.
         try:
             first = await anext(chunks)
@@ -154,6 +164,25 @@ class ApiService:
             await chunks.aclose()
             raise
         return _chain(first, chunks)
+
+    def _echoes(
+        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
+    ) -> list[Echo]:
+        if not isinstance(request, CompletionRequest) or not request.echo:
+            return []
+        skip = request.skip_special_tokens
+        tokenizer = self._model.tokenizer
+        return [Echo.of(prompt, tokenizer, skip_special_tokens=skip) for prompt in prompts]
+
+    async def _compute(self, computations: Sequence[Computation], param: str) -> list[Arrays]:
+        """Run sequences of the request's field `param`. Raises ApiError."""
+        self._check_ready()
+        self._admission.check(len(computations), param)
+        with self._admission.hold(len(computations)):
+            try:
+                return await compute(self._client, computations)
+            except (SequenceRefused, GroupFailed) as error:
+                raise api_error(error) from error
 
     def _check_ready(self) -> None:
         state = self._client.state
@@ -178,78 +207,13 @@ class ApiService:
             num_logprobs=(
                 request.wanted_logprobs if isinstance(request, ChatRequest) else request.logprobs
             ),
+            num_prompt_logprobs=request.prompt_logprobs,
             tokens_as_ids=bool(request.return_tokens_as_token_ids),
             token_ids=bool(request.return_token_ids),
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
-            warnings=tuple(
-                f"unknown field {name} has no effect" for name in request.unknown_fields
-            ),
+            warnings=warnings(request.unknown_fields),
         )
-
-    async def _collect(
-        self, context: ReplyContext, plans: list[ChoicePlan], prompts: list[tuple[int, ...]]
-    ) -> Json:
-        replies = [ChoiceReply() for _ in plans]
-        with self._admission.hold(len(plans)):
-            deltas = run_choices(self._client, plans, self._model.tokenizer)
-            async with aclosing(deltas):
-                try:
-                    async for delta in deltas:
-                        replies[delta.index].add(delta)
-                except (SequenceRefused, GroupFailed) as error:
-                    raise _api_error(error) from error
-        choices = [
-            choice(context, plan.index, reply, plan.prompt)
-            for plan, reply in zip(plans, replies, strict=True)
-        ]
-        body = envelope(context, choices, chunk=False)
-        body["usage"] = usage(sum(map(len, prompts)), sum(len(r.deltas) for r in replies))
-        return _with_extras(body, context, prompts)
-
-    async def _stream(
-        self, context: ReplyContext, plans: list[ChoicePlan], prompts: list[tuple[int, ...]]
-    ) -> AsyncGenerator[Json, None]:
-        num_prompt, num_completion = sum(map(len, prompts)), 0
-        started: set[int] = set()
-
-        def chunk(choices: list[Json], *, last: bool = False) -> Json:
-            body = envelope(context, choices, chunk=True)
-            if last or context.continuous_usage:
-                body["usage"] = usage(num_prompt, num_completion)
-            elif context.include_usage:
-                body["usage"] = None
-            return body if started else _with_extras(body, context, prompts)
-
-        with self._admission.hold(len(plans)):
-            deltas = run_choices(self._client, plans, self._model.tokenizer)
-            async with aclosing(deltas):
-                try:
-                    async for delta in deltas:
-                        num_completion += 1
-                        if context.chat and delta.index not in started:
-                            yield chunk([role_choice(delta.index)])
-                            started.add(delta.index)
-                        if _worth_sending(context, delta):
-                            yield chunk([chunk_choice(context, delta)])
-                            started.add(delta.index)
-                except (SequenceRefused, GroupFailed) as error:
-                    raise _api_error(error) from error
-        if context.include_usage:
-            yield chunk([], last=True)
-
-
-def _worth_sending(context: ReplyContext, delta: Delta) -> bool:
-    detailed = context.token_ids or context.num_logprobs is not None or context.continuous_usage
-    return detailed or bool(delta.text) or delta.finish is not None
-
-
-def _with_extras(body: Json, context: ReplyContext, prompts: list[tuple[int, ...]]) -> Json:
-    if context.token_ids and len(prompts) == 1:
-        body["prompt_token_ids"] = list(prompts[0])
-    if context.warnings:
-        body["warnings"] = list(context.warnings)
-    return body
 
 
 async def _chain(first: Json, rest: AsyncGenerator[Json, None]) -> AsyncGenerator[Json, None]:
@@ -257,16 +221,3 @@ async def _chain(first: Json, rest: AsyncGenerator[Json, None]) -> AsyncGenerato
         yield first
         async for item in rest:
             yield item
-
-
-def _api_error(error: SequenceRefused | GroupFailed) -> ApiError:
-    if isinstance(error, SequenceRefused):
-        return ApiError(str(error), code="sequence_refused")
-    log.error("the model instance failed: %s", error)
-    return ApiError(
-        "The model instance failed; the server's log says why.",
-        status=503,
-        kind="service_unavailable_error",
-        code="model_failed",
-        retry_after=10,
-    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from deploy.openai_errors import ApiError
@@ -51,7 +51,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "best_of": (_is(1), "1"),
     "echo": (_is(False), "false"),
     "suffix": (_is(""), "an empty string"),
-    "prompt_logprobs": (_is(), "null"),
     "truncate_prompt_tokens": (_is(), "null"),
     "allowed_token_ids": (_is(), "null"),
     "bad_words": (_is([]), "an empty list"),
@@ -68,11 +67,14 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def refuse_unsupported(body: Mapping[str, Any]) -> None:
-    """Raise ApiError for the first known field whose value asks for what is not there."""
+def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
+    """Raise ApiError for the first known field whose value asks for what is not there.
+
+    `served` are the fields that this route does read.
+    """
     for field, (allowed, words) in _REFUSED.items():
         value = body.get(field)
-        if value is not None and not allowed(value):
+        if field not in served and value is not None and not allowed(value):
             raise ApiError(
                 f"{field}: not available in this version; allowed values: {words}",
                 param=field,

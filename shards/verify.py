@@ -30,7 +30,7 @@ def verify(config: ModelConfig, checkpoint: Checkpoint) -> None:
             break
     at_least = "at least " if found.num_problems >= _ENOUGH else ""
     problems = [
-        _listed("missing tensors", found.missing, at_least),
+        _listed("missing tensors", list(found.missing.values()), at_least),
         _listed("unexpected tensors", _unexpected(config, checkpoint, found)),
         _listed("tensors of a wrong shape", list(_wrong_shapes(checkpoint, found, at_least))),
         _listed("tensors of a wrong dtype", list(_wrong_dtypes(checkpoint, found))),
@@ -43,7 +43,8 @@ def verify(config: ModelConfig, checkpoint: Checkpoint) -> None:
 class _Found:
     """What a model's slices turned out to be in a checkpoint."""
 
-    missing: list[str] = field(default_factory=list)
+    missing: dict[str, str] = field(default_factory=dict)
+    """First spelling → all of them; each expert of a stacked tensor misses the same one."""
     extents: dict[str, tuple[int, ...]] = field(default_factory=dict)
     """Shape that each tensor must have to hold all that is read from it."""
     int8: set[str] = field(default_factory=set)
@@ -54,7 +55,8 @@ class _Found:
         try:
             source = checkpoint.find(wanted)
         except CheckpointError:
-            self.missing.append(" or ".join(s.name for s in wanted.sources))
+            names = [source.name for source in wanted.sources]
+            self.missing.setdefault(names[0], " or ".join(names))
             self.num_problems += 1
             return
         extent = extent_on_disk(wanted, source)

@@ -37,9 +37,7 @@ class Answer:
 class ThreadLauncher:
     """Workers as threads of this process: the same loops and sockets without start-up time."""
 
-    def __init__(
-        self, make: Callable[[WorkerSpec, Transport], RunsForever] = make_worker
-    ) -> None:
+    def __init__(self, make: Callable[[WorkerSpec, Transport], RunsForever] = make_worker) -> None:
         self._make = make
         self._threads: list[threading.Thread] = []
 

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deploy.compute import Arrays
+from deploy.config import parse_args
 from deploy.demo import nano_checkpoint
 from deploy.http_api import build_api
+from deploy.model_facts import ModelFacts
+from deploy.resolve import resolve
 from deploy.served_model import ServedModel, load_served_model
 from deploy.service import ApiService
-from router.step import EngineLoad, FinishReason, SamplingParams, Token
+from router.step import NO_TOKEN, NOTHING, EngineLoad, FinishReason, SamplingParams, Token, Want
 from shards.client import GroupState, WorkerStatus
+from tests.groups import running_group
 
 MAX_MODEL_LEN = 256
 Script = Callable[[tuple[int, ...], SamplingParams], list[int]]
@@ -31,8 +40,15 @@ class ScriptedStream:
     error: Exception | None
     aborted: bool = False
     emitted: int = 0
+    outputs: Arrays = field(default_factory=dict)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
+        if self.sampling.max_tokens == 0:
+            await asyncio.sleep(self.delay)
+            yield Token(
+                seq_id=self.seq_id, position=0, token_id=NO_TOKEN, finish=FinishReason.LENGTH
+            )
+            return
         for position, token_id in enumerate(self.ids):
             await asyncio.sleep(self.delay)
             if self.aborted:
@@ -77,7 +93,12 @@ class ScriptedClient:
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def generate(
-        self, prompt: tuple[int, ...], sampling: SamplingParams, *, priority: int = 0
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        want: Want = NOTHING,
     ) -> ScriptedStream:
         ids = self.script(prompt, sampling)
         stream = ScriptedStream(next(self._ids), ids, sampling, self.delay, self.error)
@@ -98,6 +119,27 @@ class ScriptedClient:
 
 def load_nano(name: str) -> ServedModel:
     return load_served_model(name, str(nano_checkpoint(name)), 512, MAX_MODEL_LEN)
+
+
+@functools.cache
+def facts_of(model: str) -> ModelFacts:
+    return resolve(parse_args({"model": model})).facts
+
+
+@contextmanager
+def running_service(folder: Path, **options: Any) -> Iterator[ApiService]:
+    """The API over real workers, which are threads of this process."""
+    with running_group(folder, **options) as group:
+        limits = group.spec.limits
+        facts = facts_of(str(folder))
+        served = load_served_model("tiny", str(folder), facts.vocab_size, limits.max_model_len)
+        yield ApiService(
+            group,
+            served,
+            facts,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+        )
 
 
 @pytest.fixture
@@ -138,7 +180,14 @@ def make_api(nano_jamba: ServedModel) -> Callable[..., Api]:
         served = model or nano_jamba
         script = say(nano_jamba, text) if ids is None else ids
         client = ScriptedClient(lambda prompt, sampling: script, delay, error)
-        service = ApiService(client, served, max_num_seqs=max_num_seqs, replica_id="r1")
+        service = ApiService(
+            client,
+            served,
+            facts_of("nano-jamba"),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=512,
+            replica_id="r1",
+        )
         return Api(served, client, service)
 
     return make

@@ -9,10 +9,11 @@ import httpx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deploy.openai_schema import ChatRequest, CompletionRequest
+from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.unsupported import _REFUSED
 
-FIELDS = sorted({*ChatRequest.model_fields, *CompletionRequest.model_fields, *_REFUSED})
+KINDS = (ChatRequest, CompletionRequest, ClassifyRequest)
+FIELDS = sorted({name for kind in KINDS for name in kind.model_fields} | _REFUSED.keys())
 leaves = (
     st.none()
     | st.booleans()
@@ -32,7 +33,11 @@ values = st.recursive(
     ),
     max_leaves=6,
 )
-good: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}], "prompt": [5, 6]}
+good: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "hi"}],
+    "prompt": [5, 6],
+    "input": [5, 6],
+}
 bodies = st.builds(
     lambda keep, odd: {**(good if keep else {}), **odd},
     st.booleans(),
@@ -45,7 +50,7 @@ bodies = st.builds(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(bodies, st.sampled_from(["/v1/chat/completions", "/v1/completions"]))
+@given(bodies, st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/classify"]))
 async def test_any_json(make_api: Any, body: dict[str, Any], path: str) -> None:
     api = make_api(ids=[70] * 300)
     transport = httpx.ASGITransport(api.app())

@@ -1,0 +1,139 @@
+"""A generating request's choices on their way to one body, or to the chunks of a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from deploy.admission import Admission
+from deploy.generation import ChoicePlan, Delta, run_choices
+from deploy.openai_errors import ApiError, Json
+from deploy.openai_replies import (
+    ChoiceReply,
+    ReplyContext,
+    choice,
+    chunk_choice,
+    envelope,
+    prompt_logprobs,
+    role_choice,
+    usage,
+)
+from router.step import NOTHING
+from shards.client import GroupFailed, ModelClient, SequenceRefused
+
+log = logging.getLogger("conclave.ingress")
+
+
+class Answer:
+    """Runs the plans of one request; use `collect` or `stream`, once.
+
+    What holds a prompt's log-probabilities, often many objects, is built off the loop.
+    """
+
+    def __init__(
+        self,
+        client: ModelClient,
+        admission: Admission,
+        context: ReplyContext,
+        plans: Sequence[ChoicePlan],
+        prompts: Sequence[tuple[int, ...]],
+    ) -> None:
+        self._client = client
+        self._admission = admission
+        self._context = context
+        self._plans = plans
+        self._prompts = prompts
+
+    async def collect(self) -> Json:
+        """The whole body. Raises ApiError."""
+        replies = [ChoiceReply() for _ in self._plans]
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                replies[delta.index].add(delta)
+        if all(plan.want == NOTHING for plan in self._plans):
+            return self._body(replies)
+        return await asyncio.to_thread(self._body, replies)
+
+    async def stream(self) -> AsyncGenerator[Json, None]:
+        """Chunks as they come. Raises ApiError."""
+        context = self._context
+        num_completion = 0
+        started: set[int] = set()
+
+        def chunk(choices: list[Json], *, last: bool = False) -> Json:
+            body = envelope(context, choices, chunk=True)
+            if last or context.continuous_usage:
+                body["usage"] = usage(self._num_prompt(), num_completion)
+            elif context.include_usage:
+                body["usage"] = None
+            return body if started else self._with_extras(body)
+
+        async with aclosing(self._deltas()) as deltas:
+            async for delta in deltas:
+                num_completion += delta.has_token
+                if context.chat and delta.index not in started:
+                    yield chunk([role_choice(delta.index)])
+                    started.add(delta.index)
+                if _worth_sending(context, self._plans[delta.index], delta):
+                    yield chunk([await self._chunk_choice(delta)])
+                    started.add(delta.index)
+        if context.include_usage:
+            yield chunk([], last=True)
+
+    async def _chunk_choice(self, delta: Delta) -> Json:
+        plan = self._plans[delta.index]
+        if delta.prompt is None:
+            return chunk_choice(self._context, plan, delta)
+        return await asyncio.to_thread(chunk_choice, self._context, plan, delta)
+
+    async def _deltas(self) -> AsyncGenerator[Delta, None]:
+        with self._admission.hold(len(self._plans)):
+            deltas = run_choices(self._client, self._plans, self._context.tokenizer)
+            async with aclosing(deltas):
+                try:
+                    async for delta in deltas:
+                        yield delta
+                except (SequenceRefused, GroupFailed) as error:
+                    raise api_error(error) from error
+
+    def _body(self, replies: Sequence[ChoiceReply]) -> Json:
+        context = self._context
+        choices = [choice(context, p, r) for p, r in zip(self._plans, replies, strict=True)]
+        body = envelope(context, choices, chunk=False)
+        completion = sum(delta.has_token for reply in replies for delta in reply.deltas)
+        body["usage"] = usage(self._num_prompt(), completion)
+        if context.chat and context.num_prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs(context, replies[0])
+        return self._with_extras(body)
+
+    def _num_prompt(self) -> int:
+        return sum(map(len, self._prompts))
+
+    def _with_extras(self, body: Json) -> Json:
+        if self._context.token_ids and len(self._prompts) == 1:
+            body["prompt_token_ids"] = list(self._prompts[0])
+        if self._context.warnings:
+            body["warnings"] = list(self._context.warnings)
+        return body
+
+
+def api_error(error: SequenceRefused | GroupFailed) -> ApiError:
+    """What the caller is told of a sequence that did not end as it should."""
+    if isinstance(error, SequenceRefused):
+        return ApiError(str(error), code="sequence_refused")
+    log.error("the model instance failed: %s", error)
+    return ApiError(
+        "The model instance failed; the server's log says why.",
+        status=503,
+        kind="service_unavailable_error",
+        code="model_failed",
+        retry_after=10,
+    )
+
+
+def _worth_sending(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> bool:
+    detailed = context.token_ids or context.num_logprobs is not None or context.continuous_usage
+    echoes = plan.echo is not None and delta.is_first
+    return detailed or echoes or bool(delta.text) or delta.finish is not None

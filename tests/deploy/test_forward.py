@@ -1,0 +1,322 @@
+"""`forward` against Transformers: logits, losses, router logits and hidden states of batches."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from deploy.forward import plan_forward
+from deploy.forward_request import FIELDS
+from deploy.model_facts import LabelSet, ModelFacts
+from deploy.openai_errors import ApiError
+from deploy.service import ApiService
+from tests.deploy.conftest import Api, facts_of, running_service
+from tests.tiny import FAMILIES, VOCAB_SIZE, load_reference, write_tiny
+
+TOPOLOGIES: dict[str, dict[str, Any]] = {
+    "local": {"executor": "local"},
+    "2x3": {"stages": 2, "expert_shards": 3, "max_num_batched_tokens": 7},
+}
+# Large, so that its share of the loss shows.
+COEFFICIENT = 0.5
+SPANS = ((0, 11), (4, 11), (0, 6), (5, 6))
+"""No padding; left; right; both sides of a single token."""
+COLUMNS = 11
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """input_ids and attention_mask [4, 11]; what stands at padding is as good as anything."""
+    ids = torch.randint(VOCAB_SIZE, (4, COLUMNS), generator=torch.manual_seed(2))
+    mask = torch.zeros_like(ids)
+    for row, (first, last) in enumerate(SPANS):
+        mask[row, first:last] = 1
+    return ids, mask
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    family: str = request.param
+    coefficient: dict[str, Any] = {"router_aux_loss_coef": COEFFICIENT}
+    if family == "dbrx":  # whose top-level coefficient nobody reads
+        coefficient = {
+            "router_aux_loss_coef": 9.0,
+            "ffn_config": {"moe_loss_weight": COEFFICIENT},
+        }
+    return write_tiny(family, tmp_path_factory.mktemp(family), **coefficient)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path) -> Callable[..., Any]:
+    model = load_reference(folder)
+
+    def call(**inputs: Any) -> Any:
+        with torch.no_grad():
+            return model(use_cache=False, **inputs)
+
+    return call
+
+
+@pytest.fixture(scope="module", params=TOPOLOGIES)
+def service(request: pytest.FixtureRequest, folder: Path) -> Iterator[ApiService]:
+    with running_service(folder, **TOPOLOGIES[request.param]) as running:
+        yield running
+
+
+def close(actual: Any, expected: torch.Tensor) -> None:
+    assert actual.dtype == np.float32
+    torch.testing.assert_close(torch.tensor(actual), expected, atol=5e-5, rtol=1e-4)
+
+
+async def test_padded_batch_is_transformers(
+    service: ApiService, reference: Callable[..., Any]
+) -> None:
+    ids, mask = batch()
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 3] = -100
+    ours = await service.forward(
+        {
+            "input_ids": ids.tolist(),
+            "attention_mask": mask.tolist(),
+            "labels": labels.tolist(),
+            "output_router_logits": True,
+            "output_hidden_states": True,
+        }
+    )
+    # What a padding position predicts is arbitrary in Transformers; here it is ignored.
+    for row, (first, _) in enumerate(SPANS):
+        labels[row, first] = -100
+    theirs = reference(
+        input_ids=ids,
+        attention_mask=mask,
+        labels=labels,
+        output_router_logits=True,
+        output_hidden_states=True,
+    )
+    real = mask.bool()
+    assert ours.keys() == {"loss", "aux_loss", "logits", "router_logits", "hidden_states"}
+    close(ours["logits"][real.numpy()], theirs.logits[real])
+    assert not ours["logits"][~real.numpy()].any()
+    assert ours["loss"] == pytest.approx(float(theirs.loss), rel=1e-5)
+    assert ours["aux_loss"] == pytest.approx(float(theirs.aux_loss), rel=1e-5)
+    assert len(ours["hidden_states"]) == len(theirs.hidden_states)
+    for mine, other in zip(ours["hidden_states"], theirs.hidden_states, strict=True):
+        close(mine[real.numpy()], other[real])
+        assert not mine[~real.numpy()].any()
+    assert len(ours["router_logits"]) == len(theirs.router_logits)
+    for mine, other in zip(ours["router_logits"], theirs.router_logits, strict=True):
+        assert mine.shape == (ids.numel(), other.shape[-1])
+        rows = real.flatten()
+        close(mine[rows.numpy()], other.reshape(mine.shape)[rows])
+
+
+async def test_without_padding_or_extras(
+    service: ApiService, reference: Callable[..., Any]
+) -> None:
+    ids, _ = batch()
+    ours = await service.forward({"input_ids": ids.numpy(), "labels": ids.numpy()})
+    theirs = reference(input_ids=ids, labels=ids)
+    close(ours["logits"], theirs.logits)
+    assert ours["loss"] == pytest.approx(float(theirs.loss), rel=1e-5)
+    assert ours["aux_loss"] is ours["router_logits"] is ours["hidden_states"] is None
+    routed = await service.forward({"input_ids": ids.numpy(), "output_router_logits": True})
+    assert routed["loss"] is None
+    expected = reference(input_ids=ids, output_router_logits=True)
+    assert routed["aux_loss"] == pytest.approx(float(expected.aux_loss), rel=1e-5)
+    nothing = await service.forward({"input_ids": [[5, 6]], "labels": [[5, -100]]})
+    assert np.isnan(nothing["loss"])
+
+
+@pytest.mark.parametrize("keep", [0, 1, 4, 11, 99, [0, -1, 3, 3], [10], [4, 2, -11]])
+async def test_logits_to_keep(
+    service: ApiService, reference: Callable[..., Any], keep: int | list[int]
+) -> None:
+    ids, mask = batch()
+    whole = await service.forward({"input_ids": ids.tolist(), "attention_mask": mask.tolist()})
+    body = {"input_ids": ids.tolist(), "attention_mask": mask.tolist(), "logits_to_keep": keep}
+    ours = (await service.forward(body))["logits"]
+    keeping = torch.tensor(keep) if isinstance(keep, list) else keep
+    theirs = reference(input_ids=ids, attention_mask=mask, logits_to_keep=keeping).logits
+    assert ours.shape == theirs.shape
+    columns = torch.arange(COLUMNS)[-keep:] if isinstance(keep, int) else torch.arange(11)[keeping]
+    assert (ours == whole["logits"][:, columns.numpy()]).all()
+    real = mask[:, columns].bool()
+    close(ours[real.numpy()], theirs[real])
+
+
+async def test_one_expert_has_no_router(tmp_path: Path) -> None:
+    folder = write_tiny("jamba", tmp_path, num_experts=1)
+    ids, _ = batch()
+    with running_service(folder, executor="local") as service:
+        body = {"input_ids": ids.tolist(), "labels": ids.tolist(), "output_router_logits": True}
+        ours = await service.forward(body)
+    with torch.no_grad():
+        theirs = load_reference(folder)(input_ids=ids, labels=ids, use_cache=False)
+    assert ours["router_logits"] == []
+    assert ours["aux_loss"] is None
+    assert ours["loss"] == pytest.approx(float(theirs.loss), rel=1e-5)
+
+
+FACTS = ModelFacts(
+    family="jamba",
+    vocab_size=100,
+    hidden_size=16,
+    num_layers=4,
+    moe_layers=(1, 3),
+    num_experts=4,
+    top_k=2,
+    aux_loss_coef=0.0,
+    heads=frozenset({"lm"}),
+    label_set=None,
+)
+TWO_LABELS = LabelSet(names=("a", "b"), problem_type=None, pad_token_id=0)
+IDS = [[1, 2, 3], [4, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (None, None),
+        ([], None),
+        ({}, "input_ids"),
+        ({"input_ids": None}, "input_ids"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[]]}, "input_ids"),
+        ({"input_ids": [1, 2]}, "input_ids"),
+        ({"input_ids": [[[1]]]}, "input_ids"),
+        ({"input_ids": [[1, 2], [3]]}, "input_ids"),
+        ({"input_ids": [[1.0, 2.0]]}, "input_ids"),
+        ({"input_ids": [[True]]}, "input_ids"),
+        ({"input_ids": [["1"]]}, "input_ids"),
+        ({"input_ids": "text"}, "input_ids"),
+        ({"input_ids": {"a": 1}}, "input_ids"),
+        ({"input_ids": [[-1]]}, "input_ids"),
+        ({"input_ids": [[100]]}, "input_ids"),
+        ({"input_ids": [[2**70]]}, "input_ids"),
+        ({"input_ids": np.array([[2**64 - 1]], np.uint64)}, "input_ids"),
+        ({"input_ids": [[1] * 65]}, "input_ids"),
+        ({"inputs_embeds": [[[0.5]]]}, "inputs_embeds"),
+        ({"input_ids": IDS, "position_ids": IDS}, "position_ids"),
+        ({"input_ids": IDS, "use_cache": False}, "use_cache"),
+        ({"input_ids": IDS, 5: 5}, "5"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, 2], [1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "attention_mask": [[1, 1, -1], [1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "attention_mask": [[1, 0, 1], [1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "attention_mask": [[0, 0, 0], [1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "attention_mask": [[0.5, 1, 1], [1, 1, 1]]}, "attention_mask"),
+        ({"input_ids": IDS, "labels": [1, 2]}, "labels"),
+        ({"input_ids": IDS, "labels": [[1, 2, 3], [1, 2, 100]]}, "labels"),
+        ({"input_ids": IDS, "labels": [[1, 2, 3], [1, 2, -1]]}, "labels"),
+        ({"input_ids": IDS, "labels": [[1, 2, 3], [1, 2, 0.5]]}, "labels"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": 1}, "logits_to_keep"),
+        ({"input_ids": IDS, "labels": IDS, "logits_to_keep": [0, 1, 2]}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": True}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": 1.0}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": []}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": [3]}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": [-4]}, "logits_to_keep"),
+        ({"input_ids": IDS, "logits_to_keep": [[0], [1]]}, "logits_to_keep"),
+        ({"input_ids": IDS, "output_router_logits": 1}, "output_router_logits"),
+        ({"input_ids": IDS, "output_hidden_states": "yes"}, "output_hidden_states"),
+    ],
+)
+def test_what_is_refused_names_the_field(body: object, param: str | None) -> None:
+    with pytest.raises(ApiError) as refused:
+        plan_forward(body, FACTS, max_model_len=64, max_num_batched_tokens=512)
+    assert refused.value.status == 400
+    assert refused.value.param == param
+    assert param is None or refused.value.message.startswith(f"{param}: ")
+
+
+odd = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-5, 5)
+    | st.floats()
+    | st.text(max_size=2)
+    | st.sampled_from([np.array(3), np.array([[1, 2]], object), b"x", 1j, np.datetime64("now")]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=1), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(FIELDS), odd), st.booleans())
+def test_nothing_odd_gets_past_the_check(body: dict[str, Any], scores: bool) -> None:
+    facts = replace(FACTS, heads=frozenset({"score"}), label_set=TWO_LABELS) if scores else FACTS
+    with suppress(ApiError):
+        assert plan_forward({"input_ids": IDS, **body}, facts, 64, 512).computations()
+
+
+def test_masks_may_be_true_and_false() -> None:
+    mask = np.array([[True, True, False], [False, True, True]])
+    plan = plan_forward({"input_ids": IDS, "attention_mask": mask}, FACTS, 64, 512)
+    assert [c.tokens for c in plan.computations()] == [(1, 2), (5, 6)]
+
+
+@pytest.mark.parametrize(
+    ("larger", "body", "param", "limit"),
+    [
+        ({"vocab_size": 2**17}, {}, "logits_to_keep", 2**30),
+        ({"vocab_size": 2**19}, {}, "logits_to_keep", 2**29),
+        ({"hidden_size": 2**15}, {"output_hidden_states": True}, "output_hidden_states", 2**30),
+        ({"hidden_size": 2**17}, {"output_hidden_states": True}, "output_hidden_states", 2**29),
+        ({"num_experts": 2**18}, {"output_router_logits": True}, "output_router_logits", 2**29),
+    ],
+)
+def test_results_have_a_bound(
+    larger: dict[str, int], body: dict[str, Any], param: str, limit: int
+) -> None:
+    facts = replace(FACTS, **larger)
+    request = {"input_ids": np.ones((64, 64), np.int64), **body}
+    with pytest.raises(ApiError) as refused:
+        plan_forward(request, facts, max_model_len=64, max_num_batched_tokens=512)
+    assert refused.value.param == param
+    assert str(limit) in refused.value.message
+    if limit == 2**30:  # a smaller batch is fine
+        plan_forward({**request, "input_ids": [[1] * 64] * 8}, facts, 64, 512)
+
+
+async def test_a_cancelled_call_aborts_every_sequence(make_api: Callable[..., Api]) -> None:
+    api = make_api(delay=60)
+    call = asyncio.create_task(api.service.forward({"input_ids": [[5, 6]] * 3}))
+    while len(api.client.streams) < 3:
+        await asyncio.sleep(0.01)
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert all(stream.aborted for stream in api.client.streams)
+
+
+async def test_a_batch_is_admitted_whole(make_api: Callable[..., Api]) -> None:
+    api = make_api(delay=60, max_num_seqs=1)  # and 16 may wait
+    with pytest.raises(ApiError) as never:
+        await api.service.forward({"input_ids": [[5]] * 18})
+    assert (never.value.status, never.value.param) == (400, "input_ids")
+    call = asyncio.create_task(api.service.forward({"input_ids": [[5]] * 16}))
+    while len(api.client.streams) < 16:
+        await asyncio.sleep(0.01)
+    with pytest.raises(ApiError) as busy:
+        await api.service.forward({"input_ids": [[5]] * 2})
+    assert (busy.value.status, busy.value.code) == (503, "overloaded")
+    assert len(api.client.streams) == 16
+    call.cancel()
+
+
+def test_facts_are_the_checkpoints() -> None:
+    facts = facts_of("nano-jamba")
+    assert facts.heads == {"lm"}
+    assert facts.label_set is None
+    assert len(facts.moe_layers) < facts.num_layers
