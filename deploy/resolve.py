@@ -218,12 +218,18 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
     layers = range(config.num_layers)
     recurrent = any(config.cache_shape(layer).kind == "state" for layer in layers)
     slots = args.max_num_seqs if recurrent else 0
+    blocks_each = -(-max_model_len // args.block_size)
     snapshots = 0
     if args.enable_prefix_caching:
         snapshots = num_snapshots_for(
-            args.kv_cache_memory, config, layers, itemsize=itemsize(dtype), num_state_slots=slots
+            args.kv_cache_memory,
+            config,
+            layers,
+            block_size=args.block_size,
+            itemsize=itemsize(dtype),
+            num_state_slots=slots,
+            least_blocks=blocks_each,
         )
-    blocks_each = -(-max_model_len // args.block_size)
     try:
         num_blocks = num_blocks_for(
             args.kv_cache_memory,

@@ -67,12 +67,23 @@ def slot_bytes(config: ModelConfig, layers: Iterable[int], itemsize: int) -> int
 
 
 def num_snapshots_for(
-    budget: int, config: ModelConfig, layers: Iterable[int], *, itemsize: int, num_state_slots: int
+    budget: int,
+    config: ModelConfig,
+    layers: Sequence[int],
+    *,
+    block_size: int,
+    itemsize: int,
+    num_state_slots: int,
+    least_blocks: int,
 ) -> int:
     """Snapshots of recurrent states to keep: four per running sequence, in a quarter of `budget`
-    at most."""
+    at most, and only in what the slots and `least_blocks` KV blocks leave."""
     per_slot = slot_bytes(config, layers, itemsize)
-    return min(4 * num_state_slots, budget // 4 // per_slot) if per_slot else 0
+    if not per_slot:
+        return 0
+    needed = num_state_slots * per_slot
+    needed += least_blocks * block_bytes(config, layers, block_size, itemsize)
+    return max(0, min(4 * num_state_slots, min(budget // 4, budget - needed) // per_slot))
 
 
 def num_blocks_for(

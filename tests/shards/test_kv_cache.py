@@ -15,6 +15,7 @@ from shards.kv_cache import (
     apply_state_ops,
     block_bytes,
     num_blocks_for,
+    num_snapshots_for,
     slot_bytes,
 )
 from tests.tiny import FAMILIES, write_tiny
@@ -97,3 +98,23 @@ def test_state_ops_apply_in_order_to_every_layer(tmp_path: Path) -> None:
         for tensor in (state.conv, state.ssm):
             assert [float(slot.max()) for slot in tensor] == [2.0, 0.0, 3.0, 2.0]
             assert [float(slot.min()) for slot in tensor] == [2.0, 0.0, 3.0, 2.0]
+
+
+def test_snapshots_take_only_what_is_left(tmp_path: Path) -> None:
+    config = load_config(write_tiny("jamba", tmp_path / "jamba"))
+    layers = range(config.num_layers)
+    slot, block = slot_bytes(config, layers, 4), block_bytes(config, layers, 4, 4)
+    sizes: dict[str, int] = {
+        "block_size": 4,
+        "itemsize": 4,
+        "num_state_slots": 3,
+        "least_blocks": 10,
+    }
+    needed = 3 * slot + 10 * block
+    assert num_snapshots_for(needed, config, layers, **sizes) == 0
+    assert num_snapshots_for(needed - 1, config, layers, **sizes) == 0
+    assert num_snapshots_for(needed + slot, config, layers, **sizes) == 1
+    assert num_snapshots_for(40 * slot, config, layers, **sizes) == 10
+    assert num_snapshots_for(400 * slot, config, layers, **sizes) == 12
+    dense = load_config(write_tiny("dbrx", tmp_path / "dbrx"))
+    assert num_snapshots_for(1 << 30, dense, range(dense.num_layers), **sizes) == 0
