@@ -59,13 +59,13 @@ class Answer:
     async def stream(self) -> AsyncGenerator[Json, None]:
         """Chunks as they come. Raises ApiError."""
         context = self._context
-        num_completion = 0
+        num_completion = num_cached = 0
         started: set[int] = set()
 
         def chunk(choices: list[Json], *, last: bool = False) -> Json:
             body = envelope(context, choices, chunk=True)
             if last or context.continuous_usage:
-                body["usage"] = usage(self._num_prompt(), num_completion)
+                body["usage"] = usage(self._num_prompt(), num_completion, num_cached)
             elif context.include_usage:
                 body["usage"] = None
             return body if started else self._with_extras(body)
@@ -73,6 +73,7 @@ class Answer:
         async with aclosing(self._deltas()) as deltas:
             async for delta in deltas:
                 num_completion += delta.has_token
+                num_cached += self._cached(delta)
                 if context.chat and delta.index not in started:
                     yield chunk([role_choice(delta.index)])
                     started.add(delta.index)
@@ -103,10 +104,16 @@ class Answer:
         choices = [choice(context, p, r) for p, r in zip(self._plans, replies, strict=True)]
         body = envelope(context, choices, chunk=False)
         completion = sum(delta.has_token for reply in replies for delta in reply.deltas)
-        body["usage"] = usage(self._num_prompt(), completion)
+        cached = sum(self._cached(delta) for reply in replies for delta in reply.deltas)
+        body["usage"] = usage(self._num_prompt(), completion, cached)
         if context.chat and context.num_prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(context, replies[0])
         return self._with_extras(body)
+
+    def _cached(self, delta: Delta) -> int:
+        """A prompt counts once, however many answers it gets, and so does what was there of it."""
+        is_first = self._plans[delta.index].sampling.sample_idx == 0
+        return delta.token.num_cached if is_first else 0
 
     def _num_prompt(self) -> int:
         return sum(map(len, self._prompts))

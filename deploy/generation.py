@@ -31,6 +31,7 @@ class ChoicePlan:
     prompt: tuple[int, ...]
     sampling: SamplingParams
     priority: int
+    cache_salt: str
     stops: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
@@ -89,6 +90,7 @@ def plan_choices(
                     prompt=prompt,
                     sampling=_sampling(model.defaults, request, max_tokens, seed, sample_idx),
                     priority=request.priority,
+                    cache_salt=request.cache_salt or "",
                     stops=request.stop_strings,
                     include_stop=request.include_stop_str_in_output,
                     skip_special_tokens=request.skip_special_tokens,
@@ -197,7 +199,13 @@ async def run_choice(
 ) -> AsyncGenerator[Delta, None]:
     """Generate one sequence; leaving early, for whatever reason, aborts it."""
     text = ChoiceText(plan, tokenizer)
-    stream = client.generate(plan.prompt, plan.sampling, priority=plan.priority, want=plan.want)
+    stream = client.generate(
+        plan.prompt,
+        plan.sampling,
+        priority=plan.priority,
+        want=plan.want,
+        cache_salt=plan.cache_salt,
+    )
     try:
         async for token in stream:
             delta = text.push(token)

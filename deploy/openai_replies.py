@@ -45,13 +45,13 @@ class ChoiceReply:
         self.deltas.append(delta)
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> Json:
-    """Token counts; nothing is cached or hidden reasoning yet."""
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Json:
+    """Token counts; `cached_tokens` of the prompt were not computed again."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
         "completion_tokens_details": {"reasoning_tokens": 0},
     }
 

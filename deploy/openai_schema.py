@@ -60,6 +60,7 @@ class GenerationRequest(_Strict):
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     priority: Priority = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

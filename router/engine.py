@@ -181,6 +181,7 @@ class EngineCore:
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             finish=finish,
+            num_cached=seq.num_hit if seq.num_emitted == 1 else 0,
         )
 
     def _close(self, seq: Sequence) -> Token:

@@ -199,6 +199,7 @@ class Scheduler:
         self.cache.start(seq, match)
         self.num_started_tokens += seq.length
         self.num_hit_tokens += match.num_tokens
+        seq.num_hit = match.num_tokens
         self.running[seq.seq_id] = seq
         self._take_off(seq, step_id)
         overtaken = [other for other in self.waiting if other.arrival < seq.arrival]

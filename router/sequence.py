@@ -36,7 +36,8 @@ class Sequence:
     `len(tokens)`. `arrival` counts admissions, `last_step` is the last step it was part of, and
     `overtaken` counts later arrivals that started before it or took its place.
 
-    `keys` name its full blocks, of which `num_published` can be found by others. `marks` are
+    `keys` name its full blocks, of which `num_published` can be found by others; `num_hit` tokens
+    were there when it last started. `marks` are
     positions where its recurrent state is worth a snapshot; `rolling` is its latest one of a
     decode step.
     """
@@ -52,6 +53,7 @@ class Sequence:
     cache_salt: str = ""
     keys: PrefixKeys | None = None
     num_published: int = 0
+    num_hit: int = 0
     marks: set[int] = field(default_factory=set)
     rolling: bytes | None = None
     status: SequenceStatus = SequenceStatus.WAITING

@@ -104,6 +104,8 @@ class Token:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    num_cached: int = 0
+    """First token only: prompt tokens that a cached prefix saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

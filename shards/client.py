@@ -78,10 +78,12 @@ class ModelClient(Protocol):
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        cache_salt: str = "",
     ) -> TokenStream:
         """Start one sequence (journalled, so that it survives any worker's death).
 
-        With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed.
+        With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed. Only
+        sequences of the same `cache_salt` share cached prefixes.
         """
 
     def workers(self) -> tuple[WorkerStatus, ...]: ...

@@ -123,6 +123,7 @@ class ModelGroup:
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        cache_salt: str = "",
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop. Raises GroupFailed."""
         if self.state in (GroupState.FAILED, GroupState.STOPPED):
@@ -137,7 +138,7 @@ class ModelGroup:
             else:
                 self._outbox.setdefault(stream.loop, []).append((stream, item))
 
-        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want)
+        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt)
         self._post(lambda: self._admit(entry))
         return stream
 

@@ -20,6 +20,7 @@ class JournalEntry:
     priority: int
     deliver: Deliver
     want: Want = NOTHING
+    cache_salt: str = ""
     emitted: list[int] = field(default_factory=list)
 
     def admit(self, epoch: int) -> Admit:
@@ -32,6 +33,7 @@ class JournalEntry:
             sampling=self.sampling,
             priority=self.priority,
             want=self.want,
+            cache_salt=self.cache_salt,
         )
 
 

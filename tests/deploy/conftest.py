@@ -99,6 +99,7 @@ class ScriptedClient:
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        cache_salt: str = "",
     ) -> ScriptedStream:
         ids = self.script(prompt, sampling)
         stream = ScriptedStream(next(self._ids), ids, sampling, self.delay, self.error)
