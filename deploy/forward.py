@@ -20,8 +20,8 @@ from deploy.forward_request import (
     ForwardRequest,
     Integers,
     Span,
-    check_size,
     parse_forward,
+    step_bytes,
     token_labels,
 )
 from deploy.losses import (
@@ -47,18 +47,19 @@ def plan_forward(
     Raises ApiError.
     """
     request = parse_forward(body, facts, max_model_len)
-    check_size(request, facts, max_num_batched_tokens)
+    row_bytes = step_bytes(request, facts, max_num_batched_tokens)
     if facts.predicts_tokens:
-        return CausalForward(request, facts)
-    return ClassificationForward(request, facts, facts.need_labels())
+        return CausalForward(request, facts, row_bytes)
+    return ClassificationForward(request, facts, facts.need_labels(), row_bytes)
 
 
 class CausalForward:
     """A batch through a model with a next-token head."""
 
-    def __init__(self, request: ForwardRequest, facts: ModelFacts) -> None:
+    def __init__(self, request: ForwardRequest, facts: ModelFacts, row_bytes: int) -> None:
         """Raises ApiError."""
         self._request = request
+        self._row_bytes = row_bytes
         self._facts = facts
         self._labels = token_labels(request, facts.vocab_size)
 
@@ -66,7 +67,9 @@ class CausalForward:
         """One sequence per row."""
         request = self._request
         return [
-            Computation(tokens=request.tokens(row), want=self._want(span))
+            Computation(
+                tokens=request.tokens(row), want=self._want(span), step_bytes=self._row_bytes
+            )
             for row, span in enumerate(request.spans)
         ]
 
@@ -129,9 +132,12 @@ class CausalForward:
 class ClassificationForward:
     """A batch through a model that ends in a classification head alone."""
 
-    def __init__(self, request: ForwardRequest, facts: ModelFacts, label_set: LabelSet) -> None:
+    def __init__(
+        self, request: ForwardRequest, facts: ModelFacts, label_set: LabelSet, row_bytes: int
+    ) -> None:
         """Raises ApiError."""
         self._request = request
+        self._row_bytes = row_bytes
         self._facts = facts
         self._columns = _pooled_columns(request, label_set.pad_token_id)
         self._targets: ClassTargets | None = None
@@ -151,6 +157,7 @@ class ClassificationForward:
             Computation(
                 tokens=request.tokens(row),
                 want=Want(score_position=column - span.first, hidden_states=request.hidden_states),
+                step_bytes=self._row_bytes,
             )
             for row, (span, column) in enumerate(zip(request.spans, self._columns, strict=True))
         ]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.compute import MAX_STEP_BYTES
 from deploy.losses import IGNORED
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError
@@ -24,8 +25,6 @@ FIELDS = (
     "output_hidden_states",
 )
 MAX_RESULT_BYTES = 2**30
-# One step's arrays share a frame, which holds at most twice as much.
-MAX_STEP_BYTES = 2**29
 _ITEM = 4
 
 
@@ -98,31 +97,35 @@ def token_labels(request: ForwardRequest, vocab_size: int) -> Integers | None:
     return labels
 
 
-def check_size(request: ForwardRequest, facts: ModelFacts, max_num_batched_tokens: int) -> None:
-    """Refuse a result larger than what may be held, or be on its way, at once. Raises ApiError."""
+def step_bytes(request: ForwardRequest, facts: ModelFacts, max_num_batched_tokens: int) -> int:
+    """Bytes of arrays that a step may return of one row, at most.
+
+    Raises ApiError for a result larger than what may be held, or be on its way, at once.
+    """
     batch, columns = request.shape
+    num_kept = columns if request.kept is None else len(request.kept)
     widths = {
         "logits_to_keep": facts.vocab_size if facts.predicts_tokens else 0,
         "output_hidden_states": (facts.num_layers + 1) * facts.hidden_size * request.hidden_states,
         "output_router_logits": len(facts.moe_layers) * facts.num_experts * request.router_logits,
     }
-    largest = max(widths, key=lambda field: widths[field])
-    step_bytes = _ITEM * max_num_batched_tokens * sum(widths.values())
-    if step_bytes > MAX_STEP_BYTES:
+    counts = {field: num_kept if field == "logits_to_keep" else columns for field in widths}
+    result = {f: batch * counts[f] * _ITEM * width for f, width in widths.items()}
+    if sum(result.values()) > MAX_RESULT_BYTES:
         raise _refused(
-            largest,
-            f"a step of max_num_batched_tokens={max_num_batched_tokens} would return {step_bytes} "
-            f"bytes, allowed are {MAX_STEP_BYTES}",
+            max(result, key=result.__getitem__),
+            f"the result would have {sum(result.values())} bytes, allowed are {MAX_RESULT_BYTES}",
         )
-    num_kept = columns if request.kept is None else len(request.kept)
-    sizes = {field: batch * columns * _ITEM * width for field, width in widths.items()}
-    sizes["logits_to_keep"] = sizes["logits_to_keep"] // columns * num_kept
-    largest = max(sizes, key=lambda field: sizes[field])
-    if sum(sizes.values()) > MAX_RESULT_BYTES:
+    step = {
+        f: min(counts[f], max_num_batched_tokens) * _ITEM * width for f, width in widths.items()
+    }
+    if sum(step.values()) > MAX_STEP_BYTES:
         raise _refused(
-            largest,
-            f"the result would have {sum(sizes.values())} bytes, allowed are {MAX_RESULT_BYTES}",
+            max(step, key=step.__getitem__),
+            f"a step of max_num_batched_tokens={max_num_batched_tokens} would return "
+            f"{sum(step.values())} bytes of one row, allowed are {MAX_STEP_BYTES}",
         )
+    return sum(step.values())
 
 
 def integers(field: str, value: object, kinds: str = "iu") -> Integers:

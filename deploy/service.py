@@ -15,7 +15,7 @@ import numpy as np
 from deploy.admission import Admission
 from deploy.answer import Answer, api_error
 from deploy.classify import classify_body, classify_inputs, pooled_position
-from deploy.compute import Arrays, Computation, compute
+from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
 from deploy.model_facts import ModelFacts
@@ -49,6 +49,7 @@ class ApiService:
         self._facts = facts
         self._max_batched_tokens = max_num_batched_tokens
         self._admission = Admission(max_num_seqs, _WAITING_PER_RUNNING * max_num_seqs)
+        self._budget = StepBudget()
         self._replica_id = replica_id
         self._build = dict(build or {})
 
@@ -180,7 +181,7 @@ class ApiService:
         self._admission.check(len(computations), param)
         with self._admission.hold(len(computations)):
             try:
-                return await compute(self._client, computations)
+                return await compute(self._client, self._budget, computations)
             except (SequenceRefused, GroupFailed) as error:
                 raise api_error(error) from error
 

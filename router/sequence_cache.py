@@ -14,6 +14,9 @@ from router.snapshots import Snapshots
 from router.state_slots import StateSlots
 from router.step import NOTHING, StateOp, StateOpKind
 
+MAX_MARKS = 4
+"""How many stops for a snapshot others may ask of one prefill: each cuts a chunk short."""
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -73,7 +76,8 @@ class SequenceCache:
         other, parts_at = self._coming[keys[first]], first
         while parts_at < len(keys) and self._coming.get(keys[parts_at]) is other:
             parts_at += 1
-        self._mark(other, parts_at * self._limits.block_size)
+        if len(other.marks) < MAX_MARKS:
+            self._mark(other, parts_at * self._limits.block_size)
         return True
 
     def fits(self, seq: Sequence, match: Match, *, spare: int, without: Iterable[Sequence]) -> bool:
@@ -145,11 +149,12 @@ class SequenceCache:
         seq.marks.clear()
 
     def take_ops(self) -> tuple[StateOp, ...]:
-        """State operations of the plan that goes out now: what is read comes before what is
-        overwritten."""
-        self._ops.sort(key=lambda op: op.kind is not StateOpKind.SNAPSHOT)
+        """State operations of the plan that goes out now, in their order.
+
+        Snapshots are taken when results come in, slots prepared when a plan is made: so states
+        are read before their slots are overwritten, and snapshots written before they are read.
+        """
         ops, self._ops = tuple(self._ops), []
-        self.snapshots.unpin()
         return ops
 
     def _keys(self, seq: Sequence, num_tokens: int) -> list[bytes]:
@@ -172,8 +177,6 @@ class SequenceCache:
         if key in self.snapshots or not (wanted or is_decode):
             return
         slot = self.snapshots.take(key, instead_of=None if wanted else seq.rolling)
-        if slot is None:
-            return
         self._ops.append(StateOp(kind=StateOpKind.SNAPSHOT, target=slot, source=seq.slot))
         if not wanted:
             seq.rolling = key

@@ -6,18 +6,13 @@ from collections import OrderedDict
 
 
 class Snapshots:
-    """Least recently used first. Slots are numbered from `first_slot`; content is not touched.
-
-    A snapshot used by the step that is being planned is pinned: the step reads it before any
-    other may overwrite it.
-    """
+    """Least recently used first. Slots are numbered from `first_slot`; content is not touched."""
 
     def __init__(self, first_slot: int, num_slots: int) -> None:
         self.num_slots = num_slots
         self._first_slot = first_slot
         self._free = list(range(first_slot + num_slots - 1, first_slot - 1, -1))
         self._slot_of: OrderedDict[bytes, int] = OrderedDict()
-        self._pinned: set[bytes] = set()
 
     @property
     def num_used(self) -> int:
@@ -28,39 +23,26 @@ class Snapshots:
         return key in self._slot_of
 
     def use(self, key: bytes) -> int:
-        """The slot to copy a snapshot from, in the step being planned."""
+        """The slot to copy a snapshot from."""
         self._slot_of.move_to_end(key)
-        self._pinned.add(key)
         return self._slot_of[key]
 
-    def take(self, key: bytes, instead_of: bytes | None = None) -> int | None:
-        """A slot to copy a state into, in the step being planned; None when there is none to have.
+    def take(self, key: bytes, instead_of: bytes | None = None) -> int:
+        """A slot to copy a state into; `instead_of`, if still there, gives its place first.
 
-        The snapshot `instead_of`, if it is still there, gives its place first.
+        There must be slots at all.
         """
         assert key not in self._slot_of, "a snapshot is taken twice"
-        slot = self._vacate(instead_of)
-        if slot is None:
-            return None
+        if instead_of is not None and instead_of in self._slot_of:
+            slot = self._slot_of.pop(instead_of)
+        elif self._free:
+            slot = self._free.pop()
+        else:
+            slot = self._slot_of.popitem(last=False)[1]
         self._slot_of[key] = slot
-        self._pinned.add(key)
         return slot
-
-    def _vacate(self, instead_of: bytes | None) -> int | None:
-        if instead_of in self._slot_of and instead_of not in self._pinned:
-            assert instead_of is not None
-            return self._slot_of.pop(instead_of)
-        if self._free:
-            return self._free.pop()
-        oldest = next((key for key in self._slot_of if key not in self._pinned), None)
-        return None if oldest is None else self._slot_of.pop(oldest)
-
-    def unpin(self) -> None:
-        """The planned step is on its way."""
-        self._pinned.clear()
 
     def check_invariants(self) -> None:
         """Every slot is free or holds one snapshot."""
         slots = [*self._free, *self._slot_of.values()]
         assert sorted(slots) == list(range(self._first_slot, self._first_slot + self.num_slots))
-        assert self._pinned <= self._slot_of.keys(), "a pinned snapshot is gone"

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deploy.compute import StepBudget
 from deploy.forward import plan_forward
 from deploy.forward_request import FIELDS
 from deploy.model_facts import LabelSet, ModelFacts
@@ -267,26 +268,56 @@ def test_masks_may_be_true_and_false() -> None:
 
 
 @pytest.mark.parametrize(
-    ("larger", "body", "param", "limit"),
+    ("larger", "body", "param"),
     [
-        ({"vocab_size": 2**17}, {}, "logits_to_keep", 2**30),
-        ({"vocab_size": 2**19}, {}, "logits_to_keep", 2**29),
-        ({"hidden_size": 2**15}, {"output_hidden_states": True}, "output_hidden_states", 2**30),
-        ({"hidden_size": 2**17}, {"output_hidden_states": True}, "output_hidden_states", 2**29),
-        ({"num_experts": 2**18}, {"output_router_logits": True}, "output_router_logits", 2**29),
+        ({"vocab_size": 2**17}, {}, "logits_to_keep"),
+        ({"hidden_size": 2**15}, {"output_hidden_states": True}, "output_hidden_states"),
+        ({"num_experts": 2**18}, {"output_router_logits": True}, "output_router_logits"),
     ],
 )
-def test_results_have_a_bound(
-    larger: dict[str, int], body: dict[str, Any], param: str, limit: int
-) -> None:
+def test_results_have_a_bound(larger: dict[str, int], body: dict[str, Any], param: str) -> None:
     facts = replace(FACTS, **larger)
     request = {"input_ids": np.ones((64, 64), np.int64), **body}
     with pytest.raises(ApiError) as refused:
         plan_forward(request, facts, max_model_len=64, max_num_batched_tokens=512)
     assert refused.value.param == param
-    assert str(limit) in refused.value.message
-    if limit == 2**30:  # a smaller batch is fine
-        plan_forward({**request, "input_ids": [[1] * 64] * 8}, facts, 64, 512)
+    assert str(2**30) in refused.value.message
+    plan_forward({**request, "input_ids": [[1] * 64] * 2}, facts, 64, 512)
+
+
+def test_what_a_step_returns_has_a_bound() -> None:
+    """It is the row's own: neither other rows nor columns that are dropped count."""
+    facts = replace(FACTS, vocab_size=2**22, hidden_size=64)
+    row = np.ones((1, 64), np.int64)
+    with pytest.raises(ApiError, match=f"max_num_batched_tokens=512 .* allowed are {2**29}"):
+        plan_forward({"input_ids": row}, facts, 64, 512)
+    assert plan_forward({"input_ids": row}, facts, 64, 16).computations()[0].step_bytes == 2**28
+    kept = plan_forward({"input_ids": row, "logits_to_keep": 2}, facts, 64, 512)
+    assert kept.computations()[0].step_bytes == 2**25
+    both = {"input_ids": row, "logits_to_keep": 2, "output_hidden_states": True}
+    hidden = 4 * 64 * 64 * (facts.num_layers + 1)
+    assert plan_forward(both, facts, 64, 512).computations()[0].step_bytes == 2**25 + hidden
+
+
+async def test_rows_wait_for_the_bytes_of_a_step() -> None:
+    budget, seen = StepBudget(10), []
+
+    async def hold(name: str, num_bytes: int) -> None:
+        async with budget.hold(num_bytes):
+            seen.append(name)
+            await release.wait()
+
+    release = asyncio.Event()
+    tasks = [asyncio.create_task(hold(*args)) for args in (("a", 6), ("b", 5), ("c", 4), ("d", 0))]
+    await asyncio.sleep(0.01)
+    assert seen == ["a"], "first come, first served: nobody passes the one that does not fit"
+    tasks[1].cancel()
+    await asyncio.sleep(0.01)
+    assert seen == ["a", "c", "d"]
+    release.set()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(1), budget.hold(10):
+        pass
 
 
 async def test_a_cancelled_call_aborts_every_sequence(make_api: Callable[..., Api]) -> None:

@@ -69,8 +69,9 @@ def assert_every_way(
     longest = max(sequences, key=len)
     for cut, arrays in at_every_split(session, sequences[short], want).items():
         assert_same_bits(arrays, packed[short], f"{where}: chunks cut at {cut}")
-    stepwise = one_by_one(session, sequences[short], longest, want)
-    assert_same_bits(stepwise, packed[short], f"{where}: one token a step")
+    for company in (longest, ()):
+        stepwise = one_by_one(session, sequences[short], company, want)
+        assert_same_bits(stepwise, packed[short], f"{where}: one token a step")
 
 
 def assert_visible(one: Tensor, other: Tensor, atol: float = 1e-2) -> None:

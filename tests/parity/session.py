@@ -156,14 +156,19 @@ def at_every_split(
 def one_by_one(
     session: Session, tokens: Sequence[int], company: Sequence[int], want: Want = LOGITS
 ) -> dict[str, Tensor]:
-    """One token a step, as in decoding, beside another sequence that comes in pieces of two."""
-    mine, other = session.start(tokens, want), session.start(company, want)
+    """One token a step, as in decoding, beside another sequence that comes in pieces of two.
+
+    With empty `company` it is alone in every step.
+    """
+    mine = session.start(tokens, want)
+    other = session.start(company, want) if company else None
     left = len(company)
     for _ in tokens:
         chunks = {mine: 1}
-        if left > 0:
+        if other is not None and left > 0:
             chunks = {other: min(2, left), **chunks}
             left -= 2
         session.step(chunks)
-    session.release(other)
+    if other is not None:
+        session.release(other)
     return session.finish(mine)
