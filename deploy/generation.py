@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -13,14 +12,14 @@ from deploy.compute import Arrays
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, CompletionRequest
 from deploy.prompts import Echo, check_tokens, too_long
-from deploy.served_model import SamplingDefaults, ServedModel
+from deploy.sampling import sampling_params
+from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatcher
 from deploy.tokenizer import Detokenizer, TextTokenizer
 from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
 from shards.client import ModelClient
 
 _COMPLETION_MAX_TOKENS = 16
-_SEED_BITS = 63
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +78,7 @@ def plan_choices(
         model.need_tokenizer("stop")
     n = request.n or 1
     plans: list[ChoicePlan] = []
-    seed = secrets.randbits(_SEED_BITS) if request.seed is None else request.seed % 2**_SEED_BITS
+    sampling = sampling_params(model, request)
     want = _want(request)
     for prompt, echo in zip_longest(prompts, echoes):
         max_tokens = _max_tokens(model, request, prompt)
@@ -88,7 +87,7 @@ def plan_choices(
                 ChoicePlan(
                     index=len(plans),
                     prompt=prompt,
-                    sampling=_sampling(model.defaults, request, max_tokens, seed, sample_idx),
+                    sampling=replace(sampling, max_tokens=max_tokens, sample_idx=sample_idx),
                     priority=request.priority,
                     cache_salt=request.cache_salt or "",
                     stops=request.stop_strings,
@@ -130,34 +129,6 @@ def _max_tokens(
     if request.min_tokens > wanted:
         raise ApiError(f"min_tokens: must not exceed max_tokens={wanted}", param="min_tokens")
     return wanted
-
-
-def _sampling(
-    defaults: SamplingDefaults,
-    request: ChatRequest | CompletionRequest,
-    max_tokens: int,
-    seed: int,
-    sample_idx: int,
-) -> SamplingParams:
-    eos = () if request.ignore_eos else defaults.eos_token_ids
-    top_k = defaults.top_k if request.top_k is None else max(0, request.top_k)
-    logprobs = request.wanted_logprobs if isinstance(request, ChatRequest) else request.logprobs
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=request.min_tokens,
-        temperature=_or(request.temperature, defaults.temperature),
-        top_p=_or(request.top_p, defaults.top_p),
-        top_k=top_k,
-        min_p=_or(request.min_p, defaults.min_p),
-        seed=seed,
-        sample_idx=sample_idx,
-        stop_token_ids=tuple(dict.fromkeys((*eos, *(request.stop_token_ids or ())))),
-        logprobs=logprobs,
-    )
-
-
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 class ChoiceText:

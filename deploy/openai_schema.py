@@ -16,6 +16,7 @@ MAX_CHOICES = 128
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 Stop = Annotated[str, Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
 
@@ -55,6 +56,12 @@ class GenerationRequest(_Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    bad_words: Annotated[list[Stop], Field(max_length=256)] | None = None
+    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None

@@ -24,6 +24,7 @@ class SamplingDefaults:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,16 +97,15 @@ def load_defaults(
     eos = eos or _eos_of_tokenizer(folder, tokenizer)
     warnings = [] if eos else ["no end-of-sequence token is declared: answers end at max_tokens"]
     penalty = _number(file, generation, "repetition_penalty", 1.0, above=0.0)
-    if penalty != 1.0:
-        warnings.append(f"generation_config.json: repetition_penalty={penalty} is not applied yet")
     do_sample = generation.get("do_sample")
     if not isinstance(do_sample, bool | None):
         raise ValueError(f"{file}: do_sample: must be true or false, not {do_sample!r}")
-    # do_sample=false makes Transformers ignore the rest, so it does here.
+    # do_sample=false makes Transformers ignore what follows, so it does here.
     chosen = {} if do_sample is False else generation
     return (
         SamplingDefaults(
             eos_token_ids=eos,
+            repetition_penalty=penalty,
             temperature=_number(file, chosen, "temperature", 1.0),
             top_p=_number(file, chosen, "top_p", 1.0, above=0.0, most=1.0),
             top_k=_top_k(file, chosen),

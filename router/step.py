@@ -28,7 +28,8 @@ class SamplingParams:
     """How tokens of one sequence are chosen; `temperature` 0 is greedy.
 
     `top_k` 0 means all, `logprobs` None means none and k means the sampled token plus k best.
-    `stop_token_ids` already holds the EOS ids unless the caller ignores them.
+    `stop_token_ids` already holds the EOS ids unless the caller ignores them. `bad_words` are
+    token sequences that must not appear, empty `allowed_token_ids` allow all.
     """
 
     max_tokens: int
@@ -37,6 +38,12 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    allowed_token_ids: tuple[int, ...] = ()
     seed: int = 0
     sample_idx: int = 0
     stop_token_ids: tuple[int, ...] = ()

@@ -17,8 +17,8 @@ from shards.expert_backend import LocalExpertBackend
 from shards.kv_cache import allocate_caches
 from shards.load_progress import OnRead
 from shards.loading import load_experts, load_stage
+from shards.logits_processors import IdRanges
 from shards.model_runner import ModelRunner
-from shards.sampler import IdRanges
 from shards.spec import GroupSpec
 from shards.threads import dtype_of, use_threads
 from shards.verify import verify

@@ -31,25 +31,24 @@ from router.step import (
 )
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
 from shards.kv_cache import apply_state_ops
+from shards.logits_processors import IdRanges, TokenHistory
 from shards.micro_batches import pack, split_sequences
-from shards.sampler import IdRanges, SampleRequest, sample
+from shards.sampler import SampleRequest, sample
 from shards.wanted import head_rows, rows_of
 
 
 @dataclass(slots=True)
 class _Sequence:
-    prompt: tuple[int, ...]
+    history: TokenHistory
     sampling: SamplingParams
     want: Want
     state_slot: int
-    num_emitted: int
-    last_sampled: int | None
     blocks: list[int]
 
     @property
     def wanted(self) -> Want:
         """Arrays describe the prompt: once a token was sampled, nothing of them is missing."""
-        return self.want if self.num_emitted == 0 else NOTHING
+        return NOTHING if self.history.emitted else self.want
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +187,7 @@ class ModelRunner:
                 f"sequence {seq_id}: token id LAST_SAMPLED is allowed only where the first stage "
                 "is also the last; here the plan must name the token"
             )
-        token_id = self._sequences[seq_id].last_sampled
+        token_id = self._sequences[seq_id].history.last
         assert token_id is not None, f"sequence {seq_id} has sampled nothing yet"
         return token_id
 
@@ -241,7 +240,7 @@ class ModelRunner:
         self._keep(batch, "hidden_states", self._config.num_layers, normed)
         for sequence, scheduled, rows in self._rows(batch):
             self._wanted += head_rows(
-                self._stage, sequence.wanted, sequence.prompt, scheduled, normed[rows]
+                self._stage, sequence.wanted, sequence.history.prompt, scheduled, normed[rows]
             )
 
     def _sample(self, plan: StepPlan, batches: Iterable[_MicroBatch]) -> StepResult:
@@ -256,7 +255,7 @@ class ModelRunner:
                     requests.append(
                         SampleRequest(
                             seq_id=scheduled.seq_id,
-                            position=sequence.num_emitted,
+                            history=sequence.history,
                             sampling=sequence.sampling,
                         )
                     )
@@ -265,9 +264,7 @@ class ModelRunner:
         logits = self._stage.logits(self._stage.norm(pad_rows(torch.stack(rows))))
         sampled = sample(logits[: len(rows)], requests, self._unused_ids)
         for choice in sampled:
-            sequence = self._sequences[choice.seq_id]
-            sequence.num_emitted += 1
-            sequence.last_sampled = choice.token_id
+            self._sequences[choice.seq_id].history.append(choice.token_id)
         return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
 
 
@@ -275,11 +272,9 @@ def _admit(new: NewSequence) -> _Sequence:
     if new.grammar is not None:
         raise ValueError(f"sequence {new.seq_id}: grammar is not served; allowed: None")
     return _Sequence(
-        prompt=new.prompt,
+        history=TokenHistory(new.prompt, new.emitted),
         want=new.want,
         sampling=new.sampling,
         state_slot=new.state_slot,
-        num_emitted=len(new.emitted),
-        last_sampled=new.emitted[-1] if new.emitted else None,
         blocks=[],
     )

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.step import Sampled, SamplingParams
+from shards.logits_processors import IdRanges, TokenHistory, process
 
 _FIRST_CANDIDATES = 1024
 _UINT64 = (1 << 64) - 1
@@ -18,15 +19,16 @@ _UINT64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
-    """One row to sample: `position` is the index, among the emitted tokens, of the one to come."""
+    """One row to sample: the next token after `history`."""
 
     seq_id: int
-    position: int
+    history: TokenHistory
     sampling: SamplingParams
 
-
-IdRanges = tuple[tuple[int, int], ...]
-"""Half-open ranges of token ids."""
+    @property
+    def position(self) -> int:
+        """Index, among the emitted tokens, of the one to come."""
+        return len(self.history.emitted)
 
 
 def sample(
@@ -34,8 +36,9 @@ def sample(
 ) -> list[Sampled]:
     """Choose one token per row of `logits` [n, V] (any float dtype), in the order of `requests`.
 
-    Temperature, then min_p, top_k and top_p as vLLM orders them; never one of `unused_ids`, the
-    rows of a padded vocabulary. Log-probabilities are those of the raw float32 logits.
+    Logits processors, temperature, then min_p, top_k and top_p as vLLM orders them; never one of
+    `unused_ids`, the rows of a padded vocabulary, unless the caller allows it by name.
+    Log-probabilities are those of the raw float32 logits.
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
@@ -59,14 +62,7 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
 
 def _sample_row(row: Tensor, request: SampleRequest, unused_ids: IdRanges) -> Sampled:
     sampling = request.sampling
-    allowed = row.numpy()
-    too_early = request.position < sampling.min_tokens
-    if unused_ids or too_early:
-        allowed = allowed.copy()
-    for start, stop in unused_ids:
-        allowed[start:stop] = -np.inf
-    if too_early:
-        allowed[[i for i in sampling.stop_token_ids if 0 <= i < len(allowed)]] = -np.inf
+    allowed = process(row.numpy(), sampling, request.history, unused_ids)
     if sampling.temperature == 0:
         token_id = int(allowed.argmax())
     else:

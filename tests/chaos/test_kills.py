@@ -12,7 +12,15 @@ from shards.group import ModelGroup
 from tests.groups import Answer, ask_all, healed, kill_worker, running_group
 
 GREEDY = SamplingParams(max_tokens=80, temperature=0.0, logprobs=1)
-SEEDED = SamplingParams(max_tokens=80, temperature=1.0, top_p=0.95, seed=11, logprobs=1)
+SEEDED = SamplingParams(
+    max_tokens=80,
+    temperature=1.0,
+    top_p=0.95,
+    seed=11,
+    logprobs=1,
+    repetition_penalty=1.1,
+    frequency_penalty=0.1,
+)
 PROMPTS = [tuple(range(5, 5 + n)) for n in (4, 11, 30)]
 
 

@@ -108,12 +108,14 @@ def test_temperature_zero_is_greedy(tmp_path: Path) -> None:
     assert load_defaults(tmp_path, None)[0].temperature == 0.0
 
 
-def test_repetition_penalty_is_told(tmp_path: Path) -> None:
-    for penalty, told in ((1.2, True), (1, False), (1.0, False), (None, False)):
-        values = {"eos_token_id": 1, "repetition_penalty": penalty}
+@pytest.mark.parametrize("do_sample", [True, False, None])
+def test_repetition_penalty_is_for_greedy_answers_too(
+    tmp_path: Path, do_sample: bool | None
+) -> None:
+    for penalty, expected in ((1.2, 1.2), (1, 1.0), (None, 1.0)):
+        values = {"eos_token_id": 1, "repetition_penalty": penalty, "do_sample": do_sample}
         write(tmp_path, "generation_config.json", values)
-        warnings = load_defaults(tmp_path, None)[1]
-        assert any("repetition_penalty" in warning for warning in warnings) == told
+        assert load_defaults(tmp_path, None)[0].repetition_penalty == expected
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 
 from router.step import Sampled, SamplingParams
+from shards.logits_processors import TokenHistory
 from shards.sampler import SampleRequest, sample, uniform
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 
 
 def request(sampling: SamplingParams, position: int = 0, seq_id: int = 0) -> SampleRequest:
-    return SampleRequest(seq_id=seq_id, position=position, sampling=sampling)
+    return SampleRequest(seq_id=seq_id, history=TokenHistory((), [0] * position), sampling=sampling)
 
 
 def one(row: Tensor, sampling: SamplingParams, position: int = 0) -> Sampled:
