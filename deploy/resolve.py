@@ -259,6 +259,7 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
             max_in_flight=stages,
             prefix_caching=args.enable_prefix_caching,
             num_snapshots=snapshots,
+            window=config.sliding_window,
         )
     except ValueError as error:
         raise ConfigError(_one_sentence(error)) from error

@@ -118,6 +118,11 @@ class DbrxConfig:
         return "dbrx"
 
     @property
+    def sliding_window(self) -> int | None:
+        """DBRX sees every token."""
+        return None
+
+    @property
     def reprefill_length(self) -> int | None:
         """DBRX has no LongRoPE."""
         return None

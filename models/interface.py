@@ -225,6 +225,10 @@ class ModelConfig(Protocol):
         """LongRoPE: a sequence that grows past this many tokens must be prefilled again."""
 
     @property
+    def sliding_window(self) -> int | None:
+        """Keys that a token sees in every attention layer, its own included; None for all."""
+
+    @property
     def dtype_name(self) -> str:
         """Dtype the checkpoint declares: float32, bfloat16 or float16."""
 

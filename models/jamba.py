@@ -140,6 +140,11 @@ class JambaConfig:
         return "jamba"
 
     @property
+    def sliding_window(self) -> int | None:
+        """Jamba sees every token."""
+        return None
+
+    @property
     def reprefill_length(self) -> int | None:
         """Jamba has no positional encoding."""
         return None

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 
+NO_BLOCK = -1
+"""In the place of a block that lies behind a sliding window."""
+
 
 class BlockManager:
     """Hands out KV blocks of `block_size` token positions; full ones can be found by their key.
@@ -60,15 +63,24 @@ class BlockManager:
             self._key_of[block] = key
             self._block_of[key] = block
 
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """The blocks of the longest run of `keys`, from the first, whose content is here."""
+    def find(self, keys: Sequence[bytes], reach: int | None = None) -> list[int]:
+        """Blocks of a beginning of `keys`, as long as can be, whose content is here.
+
+        With `reach` only that many blocks before its end are needed, and those further back are
+        NO_BLOCK.
+        """
         found: list[int] = []
+        run = usable = 0
         for key in keys:
-            block = self._block_of.get(key)
-            if block is None:
+            block = self._block_of.get(key, NO_BLOCK)
+            if block == NO_BLOCK and reach is None:
                 break
             found.append(block)
-        return found
+            run = run + 1 if block != NO_BLOCK else 0
+            if run >= min(len(found), len(keys) if reach is None else reach):
+                usable = len(found)
+        needed = usable if reach is None else min(reach, usable)
+        return [NO_BLOCK] * (usable - needed) + found[usable - needed : usable]
 
     def is_free(self, block: int) -> bool:
         """Whether nobody holds the block."""

@@ -24,6 +24,8 @@ class EngineLimits:
     max_in_flight: int = 1
     prefix_caching: bool = False
     num_snapshots: int = 0
+    window: int | None = None
+    """Sliding window: a token reads this many keys, its own included; None reads all."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "max_num_seqs", "max_in_flight"):
@@ -32,6 +34,8 @@ class EngineLimits:
         _require("max_model_len", self.max_model_len, 2)
         _require("num_state_slots", self.num_state_slots, 0)
         _require("num_snapshots", self.num_snapshots, 0)
+        if self.window is not None:
+            _require("window", self.window, 1)
         if self.reprefill_length is not None:
             _require("reprefill_length", self.reprefill_length, 1)
 

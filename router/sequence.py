@@ -37,7 +37,7 @@ class Sequence:
     `overtaken` counts later arrivals that started before it or took its place.
 
     `keys` name its full blocks, of which `num_published` can be found by others; `num_hit` tokens
-    were there when it last started. `marks` are
+    were there when it last started, `num_dropped` blocks lie behind its window. `marks` are
     positions where its recurrent state is worth a snapshot; `rolling` is its latest one of a
     decode step.
     """
@@ -54,6 +54,7 @@ class Sequence:
     keys: PrefixKeys | None = None
     num_published: int = 0
     num_hit: int = 0
+    num_dropped: int = 0
     marks: set[int] = field(default_factory=set)
     rolling: bytes | None = None
     status: SequenceStatus = SequenceStatus.WAITING

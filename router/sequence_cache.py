@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from router.block_manager import BlockManager
+from router.block_manager import NO_BLOCK, BlockManager
 from router.limits import EngineLimits
 from router.prefix_keys import PrefixKeys
 from router.sequence import Sequence
@@ -51,13 +51,24 @@ class SequenceCache:
     def _recurrent(self) -> bool:
         return self._limits.num_state_slots > 0
 
+    @property
+    def _reach(self) -> int | None:
+        """Blocks before a block boundary that the next token reads; None for all.
+
+        A recurrent sequence may start further back than its blocks, and write them again.
+        """
+        window = self._limits.window
+        if window is None or self._recurrent:
+            return None
+        return max(1, self.blocks.blocks_for(window - 1))
+
     def match(self, seq: Sequence) -> Match:
         """What is there for a waiting sequence; at least its last token is left to compute."""
         keys = self._keys(seq, seq.length - 1)
         # Whoever wants arrays wants them of every position.
         if not keys or seq.want != NOTHING:
             return Match()
-        found = tuple(self.blocks.find(keys))
+        found = tuple(self.blocks.find(keys, self._reach))
         if not self._recurrent:
             return Match(found, len(found) * self._limits.block_size)
         reach = range(len(found), 0, -1)
@@ -82,7 +93,7 @@ class SequenceCache:
 
     def fits(self, seq: Sequence, match: Match, *, spare: int, without: Iterable[Sequence]) -> bool:
         """Whether `seq` could start and leave `spare` blocks free, if others held nothing."""
-        held = Counter(block for other in without for block in other.blocks)
+        held = Counter(b for other in without for b in other.blocks if b != NO_BLOCK)
         idle = self.blocks.idle_after(held)
         missing = self.blocks.blocks_for(seq.length) - len(match.blocks)
         # Holding a found block that nobody holds takes it from the free ones.
@@ -92,7 +103,7 @@ class SequenceCache:
     def start(self, seq: Sequence, match: Match) -> None:
         """Give a waiting sequence blocks for all its tokens, and a slot with its state."""
         size = self._limits.block_size
-        self.blocks.hold(match.blocks)
+        self.blocks.hold(block for block in match.blocks if block != NO_BLOCK)
         missing = self.blocks.blocks_for(seq.length) - len(match.blocks)
         seq.blocks = [*match.blocks, *self.blocks.allocate(missing)]
         seq.num_computed = match.num_tokens
@@ -133,6 +144,7 @@ class SequenceCache:
             self.blocks.publish(seq.blocks[index], keys[index])
             self._forget_coming(seq, keys[index])
         seq.num_published = max(seq.num_published, len(keys))
+        self._drop_behind_window(seq)
         if keys and self.snapshots.num_slots and not seq.num_computed % self._limits.block_size:
             self._snapshot(seq, keys[-1], is_decode=num_tokens == 1)
 
@@ -141,12 +153,23 @@ class SequenceCache:
         for key in self._keys(seq, seq.length)[seq.num_published :]:
             self._forget_coming(seq, key)
         # Last block first: the head of a prefix outlives its tail in the free queue.
-        self.blocks.free(reversed(seq.blocks))
+        self.blocks.free(block for block in reversed(seq.blocks) if block != NO_BLOCK)
         if seq.slot >= 0:
             self.slots.free(seq.slot)
         seq.blocks, seq.num_sent_blocks, seq.slot, seq.num_computed = [], 0, -1, 0
-        seq.num_published, seq.rolling = 0, None
+        seq.num_published, seq.num_dropped, seq.rolling = 0, 0, None
         seq.marks.clear()
+
+    def _drop_behind_window(self, seq: Sequence) -> None:
+        """Give up the blocks that no later token of a sequence reads."""
+        if self._limits.window is None:
+            return
+        first_read = max(0, seq.num_computed - self._limits.window + 1)
+        for index in range(seq.num_dropped, first_read // self._limits.block_size):
+            if seq.blocks[index] != NO_BLOCK:
+                self.blocks.free([seq.blocks[index]])
+                seq.blocks[index] = NO_BLOCK
+            seq.num_dropped = index + 1
 
     def take_ops(self) -> tuple[StateOp, ...]:
         """State operations of the plan that goes out now, in their order.
@@ -188,14 +211,15 @@ class SequenceCache:
     def check_invariants(self, running: Iterable[Sequence]) -> None:
         """Every hold and slot belongs to a running sequence, and none is missing."""
         sequences = list(running)
-        self.blocks.check_invariants([block for seq in sequences for block in seq.blocks])
+        held = [[block for block in seq.blocks if block != NO_BLOCK] for seq in sequences]
+        self.blocks.check_invariants([block for blocks in held for block in blocks])
         self.slots.check_invariants()
         self.snapshots.check_invariants()
         slots = [seq.slot for seq in sequences if seq.slot >= 0]
         assert len(slots) == len(set(slots)) == self.slots.num_used, "slots leak or are shared"
         assert all(any(other is seq for seq in sequences) for other in self._coming.values())
-        for seq in sequences:
+        for seq, blocks in zip(sequences, held, strict=True):
             assert (seq.slot >= 0) == self._recurrent
-            assert len(seq.blocks) == len(set(seq.blocks)), "a sequence holds a block twice"
+            assert len(blocks) == len(set(blocks)), "a sequence holds a block twice"
             assert seq.num_computed <= len(seq.blocks) * self._limits.block_size
             assert seq.num_sent_blocks <= len(seq.blocks)

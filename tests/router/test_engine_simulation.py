@@ -130,11 +130,13 @@ class SimulatedStages:
                 self.memory[self._place(known, position)] = cell
                 if known.slot >= 0:
                     self.states[known.slot].append(cell)
-            read = [self.memory[self._place(known, position)] for position in range(end)]
-            for position, cell in enumerate(read):
+            read = range(max(0, row.start + 1 - (self.limits.window or end)), end)
+            for position in read:
                 expected = hash((known.salt, *known.tokens[: position + 1]))
+                cell = self.memory[self._place(known, position)]
                 assert cell == (position, expected, is_long), "another content"
-            assert known.slot < 0 or self.states[known.slot] == read, "the state skipped or mixed"
+            state = [(p, hash((known.salt, *known.tokens[: p + 1])), is_long) for p in range(end)]
+            assert known.slot < 0 or self.states[known.slot] == state, "it skipped or mixed"
             assert row.samples == (known.continues and end == row.length)
             if row.samples:
                 token = next_token(known.tokens)
@@ -245,6 +247,7 @@ def random_limits(random: Random) -> EngineLimits:
         max_in_flight=random.randint(1, 3),
         prefix_caching=random.random() < 0.8,
         num_snapshots=random.choice([0, 1, 2, 9]),
+        window=random.choice([None, None, random.randint(1, max_model_len)]),
     )
 
 

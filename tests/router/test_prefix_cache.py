@@ -11,7 +11,7 @@ import pytest
 
 from router.engine import EngineCore
 from router.limits import EngineLimits
-from router.step import Admit, Sampled, SamplingParams, StepPlan, StepResult, Want
+from router.step import Admit, Sampled, SamplingParams, StepPlan, StepResult, Token, Want
 
 LIMITS = EngineLimits(
     block_size=16,
@@ -50,19 +50,23 @@ class Server:
         """What every sequence emits from here to the end of all."""
         emitted: dict[int, list[int]] = {}
         while self.core.has_work:
-            plan = self.core.schedule()
-            assert plan is not None
-            self.plans.append(plan)
-            sampled = tuple(
-                Sampled(seq_id=row.seq_id, token_id=row.length % 97)
-                for row in plan.scheduled
-                if row.samples
-            )
-            result = StepResult(epoch=0, step_id=plan.step_id, sampled=sampled)
-            for token in self.core.apply(result):
+            for token in self.step():
                 emitted.setdefault(token.seq_id, []).append(token.token_id)
-            self.core.check_invariants()
         return emitted
+
+    def step(self) -> tuple[Token, ...]:
+        """One step and its tokens."""
+        plan = self.core.schedule()
+        assert plan is not None
+        self.plans.append(plan)
+        sampled = tuple(
+            Sampled(seq_id=row.seq_id, token_id=row.length % 97)
+            for row in plan.scheduled
+            if row.samples
+        )
+        tokens = self.core.apply(StepResult(epoch=0, step_id=plan.step_id, sampled=sampled))
+        self.core.check_invariants()
+        return tokens
 
     def cost(self, prompt: list[int], **fields: Any) -> int:
         """Tokens that are computed for one sequence of one answer token."""

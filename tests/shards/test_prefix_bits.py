@@ -64,3 +64,20 @@ async def test_preempted_sequences_go_on_where_a_prefix_is_left(
     ) as group:
         assert await ask_all(group, PROMPTS, GREEDY) == expected
         assert group.load.preemptions > 0, group.load
+
+
+@pytest.mark.parametrize("topology", TOPOLOGIES)
+async def test_blocks_behind_a_window_are_not_missed(topology: str, tmp_path: Path) -> None:
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    folder = write_tiny("phimoe", tmp_path, sliding_window=13, rope_parameters=plain)
+    options: dict[str, Any] = {"block_size": 4, **TOPOLOGIES[topology]}
+    with running_group(folder, **options, enable_prefix_caching=False) as group:
+        expected = [await ask(group, p, GREEDY) for p in PROMPTS]
+    # So few blocks that what is given up behind the windows is soon another sequence's.
+    few = {"kv_cache_memory": 100_000, "max_model_len": 112, "max_num_batched_tokens": 24}
+    with running_group(folder, **options, **few) as group:
+        for _ in ("cold", "warm"):
+            assert await ask_all(group, PROMPTS, GREEDY) == expected
+        assert group.load.prefix_hit_tokens > 0
+        assert group.load.used_blocks == 0
+        assert group.load.total_blocks < 40
