@@ -76,13 +76,12 @@ def write_mid(family: str, folder: Path, seed: int = 0) -> int:
 
 def _tensors(raw: dict[str, Any], generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     shapes: dict[str, tuple[int, ...]] = {}
-    for wanted in model_slices(parse_config(raw), "none"):
-        for part in wanted.leaves:
-            source = part.sources[0]
-            shape = tuple(reversed(part.shape)) if source.transpose else part.shape
-            if source.stop is not None:
-                shape = (max(source.stop, shapes.get(source.name, (0,))[0]), *shape[1:])
-            shapes[source.name] = shape
+    for part, _ in model_slices(parse_config(raw), "none"):
+        source = part.sources[0]
+        shape = tuple(reversed(part.shape)) if source.transpose else part.shape
+        if source.stop is not None:
+            shape = (max(source.stop, shapes.get(source.name, (0,))[0]), *shape[1:])
+        shapes[source.name] = shape
     for name, shape in shapes.items():
         values = torch.randn(shape, generator=generator)
         if name.endswith("A_log"):
