@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from deploy.admission import Admission
 from deploy.generation import ChoicePlan, Delta, run_choices
-from deploy.openai_errors import ApiError, Json
+from deploy.openai_errors import ApiError, Json, not_finite
 from deploy.openai_replies import (
     ChoiceReply,
     ReplyContext,
@@ -21,7 +21,7 @@ from deploy.openai_replies import (
     usage,
 )
 from router.step import NOTHING
-from shards.client import GroupFailed, ModelClient, SequenceRefused
+from shards.client import GroupFailed, ModelClient, SequenceFailed, SequenceRefused
 
 log = logging.getLogger("conclave.ingress")
 
@@ -96,7 +96,7 @@ class Answer:
                 try:
                     async for delta in deltas:
                         yield delta
-                except (SequenceRefused, GroupFailed) as error:
+                except (SequenceRefused, SequenceFailed, GroupFailed) as error:
                     raise api_error(error) from error
 
     def _body(self, replies: Sequence[ChoiceReply]) -> Json:
@@ -126,10 +126,12 @@ class Answer:
         return body
 
 
-def api_error(error: SequenceRefused | GroupFailed) -> ApiError:
+def api_error(error: SequenceRefused | SequenceFailed | GroupFailed) -> ApiError:
     """What the caller is told of a sequence that did not end as it should."""
     if isinstance(error, SequenceRefused):
         return ApiError(str(error), code="sequence_refused")
+    if isinstance(error, SequenceFailed):
+        return not_finite()
     log.error("the model instance failed: %s", error)
     return ApiError(
         "The model instance failed; the server's log says why.",

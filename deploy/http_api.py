@@ -70,7 +70,7 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
     @route("/health", "GET")
     async def health(request: Request) -> Response:
         failed = service.state in (GroupState.FAILED, GroupState.STOPPED)
-        return _json({"state": str(service.state)}, 503 if failed else 200)
+        return _json(service.health, 503 if failed else 200)
 
     @route("/ready", "GET")
     async def ready(request: Request) -> Response:

@@ -51,3 +51,13 @@ def internal_error() -> ApiError:
         kind="server_error",
         code="internal_error",
     )
+
+
+def not_finite() -> ApiError:
+    """The model's own numbers are at fault: a NaN or an infinity among logits or scores."""
+    return ApiError(
+        "The model computed a value that is not finite (NaN or infinity).",
+        status=500,
+        kind="server_error",
+        code="not_finite",
+    )

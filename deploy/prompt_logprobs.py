@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from deploy.compute import Arrays
-from deploy.openai_errors import Json
+from deploy.openai_errors import Json, not_finite
 from deploy.tokenizer import TextTokenizer
 from router.step import Token
 
@@ -31,10 +33,15 @@ class PromptLogprobs:
 
     @classmethod
     def read(cls, arrays: Arrays) -> PromptLogprobs:
-        """From the arrays of `Want.prompt_logprobs`; a prompt of one token has none."""
+        """From the arrays of `Want.prompt_logprobs`; a prompt of one token has none.
+
+        Raises ApiError where the model computed something that is not finite.
+        """
         if "prompt_logprobs" not in arrays:
             return cls(tokens=(), ranks=())
         ids = arrays["prompt_top_ids"].tolist()
+        if not np.isfinite(arrays["prompt_logprobs"]).all():
+            raise not_finite()
         values = arrays["prompt_logprobs"].tolist()
         rows = zip(ids, values, strict=True)
         return cls(

@@ -9,6 +9,9 @@ import socket
 import sys
 import threading
 import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from types import FrameType
 
 from deploy.config import ServeArgs
@@ -16,7 +19,10 @@ from deploy.local_ray import ray_session
 from deploy.resolve import ResolvedArgs, num_cpus, resolve
 from shards.logs import log_to_stderr
 
+log = logging.getLogger("conclave.server")
+
 _EXIT_INTERRUPTED = 130
+_WATCH_S = 5.0
 
 
 def application_name(model_name: str) -> str:
@@ -36,10 +42,10 @@ class _Signals:
         signal.signal(signal.SIGTERM, self._on_signal)
         signal.signal(signal.SIGINT, self._on_signal)
 
-    def wait(self) -> None:
-        """Block until a signal."""
-        while not self._event.wait(3600):
-            continue
+    def wait(self, watch: Callable[[], None]) -> None:
+        """Block until a signal; `watch` is called now and then."""
+        while not self._event.wait(_WATCH_S):
+            watch()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = number
@@ -49,6 +55,30 @@ class _Signals:
 
     serving = False
     """Before it serves there is nothing to drain: a signal interrupts at once."""
+
+
+class _FailureWatch:
+    """Says once, in this process's log, that the model instance has failed and why.
+
+    The replica that knows is another process, whose own log is in Ray's folder.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._told = ""
+
+    def __call__(self) -> None:
+        """Ask; a server that does not answer says nothing about the model."""
+        try:
+            with urllib.request.urlopen(self._url, timeout=_WATCH_S):
+                return
+        except urllib.error.HTTPError as error:
+            body = error.read().decode(errors="replace")
+        except OSError:
+            return
+        if body != self._told:
+            log.error("the server is not healthy: %s", body[:500])
+            self._told = body
 
 
 def _check_port(host: str, port: int) -> None:
@@ -121,7 +151,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
                 return 1
             signals.serving = True
             print(f"ready on http://{host}:{port}", flush=True)
-            signals.wait()
+            signals.wait(_FailureWatch(f"http://{host}:{port}/health"))
             _drain(application_name(resolved.served_model_name))
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED

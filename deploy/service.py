@@ -19,13 +19,13 @@ from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
 from deploy.model_facts import ModelFacts
-from deploy.openai_errors import ApiError, Json
+from deploy.openai_errors import ApiError, Json, not_finite
 from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.served_model import ServedModel
 from router.step import Want
-from shards.client import GroupFailed, GroupState, ModelClient, SequenceRefused
+from shards.client import GroupFailed, GroupState, ModelClient, SequenceFailed, SequenceRefused
 
 _WAITING_PER_RUNNING = 16
 
@@ -57,6 +57,12 @@ class ApiService:
     def state(self) -> GroupState:
         """The model instance's state."""
         return self._client.state
+
+    @property
+    def health(self) -> Json:
+        """/health: the state, and what is wrong with it."""
+        failure = self._client.failure
+        return {"state": str(self.state), **({"reason": failure} if failure else {})}
 
     async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
@@ -93,6 +99,8 @@ class ApiService:
         ]
         rows = await self._compute(computations, param)
         scores = [row["score"][0].astype(np.float32) for row in rows]
+        if not all(np.isfinite(row).all() for row in scores):
+            raise not_finite()
         return classify_body(self._model, request, label_set, inputs, scores)
 
     async def forward(self, body: object) -> Outputs:
@@ -182,7 +190,7 @@ class ApiService:
         with self._admission.hold(len(computations)):
             try:
                 return await compute(self._client, self._budget, computations)
-            except (SequenceRefused, GroupFailed) as error:
+            except (SequenceRefused, SequenceFailed, GroupFailed) as error:
                 raise api_error(error) from error
 
     def _check_ready(self) -> None:

@@ -162,10 +162,12 @@ class EngineCore:
             elif sampled is not None:
                 tokens.append(self._emit(seq, sampled))
             elif not seq.continues and not seq.num_pending:
-                tokens.append(self._close(seq))
+                tokens.append(self._close(seq, FinishReason.LENGTH))
         return tuple(tokens)
 
     def _emit(self, seq: Sequence, sampled: Sampled) -> Token:
+        if sampled.token_id == NO_TOKEN:
+            return self._close(seq, FinishReason.ERROR)
         seq.tokens.append(sampled.token_id)
         finish = seq.finish_reason
         if finish is not None:
@@ -184,10 +186,10 @@ class EngineCore:
             num_cached=seq.num_hit if seq.num_emitted == 1 else 0,
         )
 
-    def _close(self, seq: Sequence) -> Token:
-        """The end of a sequence that was computed and is not continued."""
+    def _close(self, seq: Sequence, finish: FinishReason) -> Token:
+        """The end of a sequence without a further token."""
         self._remove(seq)
-        return Token(seq_id=seq.seq_id, position=0, token_id=NO_TOKEN, finish=FinishReason.LENGTH)
+        return Token(seq_id=seq.seq_id, position=seq.num_emitted, token_id=NO_TOKEN, finish=finish)
 
     def _remove(self, seq: Sequence) -> None:
         del self._sequences[seq.seq_id]

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 NO_TOKEN = -2
-"""Token id of the one row that ends a sequence of `max_tokens` 0, once its prompt is computed."""
+"""Token id of the row that ends a sequence without a token: its prompt is computed and nothing
+more is wanted (`max_tokens` 0), or there is nothing to choose from."""
 
 LAST_SAMPLED = -1
 """Placeholder token id: what this sequence's previous step sampled, known to the last stage."""
@@ -21,6 +22,8 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
+    """The model computed a value that is not finite: there is nothing to choose from."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

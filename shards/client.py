@@ -27,6 +27,10 @@ class SequenceRefused(ValueError):
     """The engine can never serve this sequence; the message says why."""
 
 
+class SequenceFailed(RuntimeError):
+    """The sequence cannot go on, through no fault of the caller; others are not affected."""
+
+
 class GroupFailed(RuntimeError):
     """The supervisor has given up on this model instance; the message says why."""
 
@@ -49,7 +53,10 @@ class TokenStream(Protocol):
     """Tokens of one sequence in order, exactly once, whatever dies behind it."""
 
     def __aiter__(self) -> AsyncIterator[Token]:
-        """Ends after the token whose `finish` is set. Raises SequenceRefused or GroupFailed."""
+        """Ends after the token whose `finish` is set.
+
+        Raises SequenceRefused, SequenceFailed or GroupFailed.
+        """
 
     @property
     def outputs(self) -> dict[str, NDArray[np.generic]]:
@@ -64,6 +71,10 @@ class ModelClient(Protocol):
 
     @property
     def state(self) -> GroupState: ...
+
+    @property
+    def failure(self) -> str:
+        """Why the state is `failed`; empty otherwise."""
 
     @property
     def load(self) -> EngineLoad: ...

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from router.codec import decode, encode, read_with_rows
+from router.codec import CodecError, decode, encode, read_with_rows
 from router.step import NOTHING, EngineLoad, SamplingParams, TokenBatch, Want
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
@@ -103,6 +103,11 @@ class ModelGroup:
         return self._supervisor.state
 
     @property
+    def failure(self) -> str:
+        """Why the group has failed; empty otherwise."""
+        return self._reason
+
+    @property
     def load(self) -> EngineLoad:
         """What the engine last said it holds."""
         return self._load
@@ -125,7 +130,10 @@ class ModelGroup:
         want: Want = NOTHING,
         cache_salt: str = "",
     ) -> GroupStream:
-        """Journal and start one sequence; call on an event loop. Raises GroupFailed."""
+        """Journal and start one sequence; call on an event loop.
+
+        Raises SequenceRefused or GroupFailed.
+        """
         if self.state in (GroupState.FAILED, GroupState.STOPPED):
             raise self._failure()
         seq_id = next(self._seq_ids)
@@ -139,6 +147,11 @@ class ModelGroup:
                 self._outbox.setdefault(stream.loop, []).append((stream, item))
 
         entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt)
+        try:
+            encode(entry.admit(epoch=0))
+        except CodecError as error:
+            # Found here it ends one request; on the group's thread it would end the group.
+            raise SequenceRefused(f"the request cannot be sent to the engine: {error}") from error
         self._post(lambda: self._admit(entry))
         return stream
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from router.step import Sampled, SamplingParams
+from router.step import NO_TOKEN, Sampled, SamplingParams
 from shards.logits_processors import IdRanges, TokenHistory, process
 
 _FIRST_CANDIDATES = 1024
@@ -38,7 +38,7 @@ def sample(
 
     Logits processors, temperature, then min_p, top_k and top_p as vLLM orders them; never one of
     `unused_ids`, the rows of a padded vocabulary, unless the caller allows it by name.
-    Log-probabilities are those of the raw float32 logits.
+    Log-probabilities are those of the raw float32 logits. NO_TOKEN where a logit is not finite.
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
@@ -62,6 +62,8 @@ def uniform(seed: int, sample_idx: int, position: int) -> float:
 
 def _sample_row(row: Tensor, request: SampleRequest, unused_ids: IdRanges) -> Sampled:
     sampling = request.sampling
+    if not np.isfinite(row.numpy()).all():
+        return Sampled(seq_id=request.seq_id, token_id=NO_TOKEN)
     allowed = process(row.numpy(), sampling, request.history, unused_ids)
     if sampling.temperature == 0:
         token_id = int(allowed.argmax())

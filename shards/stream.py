@@ -8,7 +8,8 @@ from collections.abc import AsyncIterator, Callable, Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from router.step import Token, WantedRows
+from router.step import FinishReason, Token, WantedRows
+from shards.client import SequenceFailed
 from shards.outputs import Outputs
 
 Item = Token | WantedRows
@@ -48,6 +49,8 @@ class GroupStream:
                 self._ended = True
                 raise item
             self._ended = item.finish is not None
+            if item.finish is FinishReason.ERROR:
+                raise SequenceFailed("the model computed a value that is not finite")
             yield item
 
     def abort(self) -> None:

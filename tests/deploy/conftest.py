@@ -86,6 +86,7 @@ class ScriptedClient:
     delay: float = 0.0
     error: Exception | None = None
     state: GroupState = GroupState.READY
+    failure: str = ""
     load: EngineLoad = field(default_factory=EngineLoad)
     routing_table_version: int = 3
     streams: list[ScriptedStream] = field(default_factory=list)
