@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ def read_folder(folder: Path, vocab_id: Callable[[str], int | None]) -> Tokenize
     named = read_json_object(folder / "special_tokens_map.json")
     # A null in tokenizer_config.json says nothing.
     config = named | {k: v for k, v in read_json_object(file).items() if v is not None}
-    specials = dict(_special_entries(config))
+    specials = dict(_special_entries(folder, config))
     tokens = dict(_declared(file, config.get("added_tokens_decoder")))
     added_file = folder / "added_tokens.json"
     for text, token_id in read_json_object(added_file).items():
@@ -128,12 +129,20 @@ def _apply_flags(token: AddedToken, parts: list[str], i: int) -> None:
         parts[i] = ""
 
 
-def _special_entries(config: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _special_entries(
+    folder: Path, config: Mapping[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     entries = [config.get(name) for name in _NAMES]
     for name in _LISTS:
         listed = config.get(name)
         # Newer files name extra tokens: {"image_token": "<image>"}.
-        entries += list(listed.values()) if isinstance(listed, dict) else listed or []
+        listed = list(listed.values()) if isinstance(listed, dict) else listed
+        if not isinstance(listed, list | None):
+            raise ValueError(
+                f"{folder}: {name} of tokenizer_config.json or special_tokens_map.json must be "
+                f"a list or an object of tokens, not {reprlib.repr(listed)}"
+            )
+        entries += listed or []
     for entry in entries:
         text = token_text(entry)
         if text is not None:
@@ -159,7 +168,9 @@ def _token(
     where: str, text: str, token_id: object, entry: dict[str, Any], special: bool
 ) -> AddedToken:
     if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
-        raise ValueError(f"{where}: the id must be an integer of at least 0, not {token_id!r}")
+        raise ValueError(
+            f"{where}: the id must be an integer of at least 0, not {reprlib.repr(token_id)}"
+        )
     return AddedToken(
         text=text,
         token_id=token_id,
@@ -174,7 +185,7 @@ def _token(
 def _flag(where: str, entry: Mapping[str, Any], name: str) -> bool:
     value = entry.get(name, False)
     if not isinstance(value, bool):
-        raise ValueError(f"{where}: {name} must be true or false, not {value!r}")
+        raise ValueError(f"{where}: {name} must be true or false, not {reprlib.repr(value)}")
     return value
 
 

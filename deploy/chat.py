@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template, TemplateError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import CallBlock, Node
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
 
 TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
@@ -20,7 +24,7 @@ _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplateError(ValueError):
-    """A template that does not compile; the message says where."""
+    """A template that cannot be read or does not compile; the message says where."""
 
 
 class ChatTemplate:
@@ -30,7 +34,8 @@ class ChatTemplate:
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compile(source)
-        except TemplateError as error:
+        # Odd nesting fails in Python's own compiler, with errors that are not Jinja's.
+        except Exception as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
 
     def render(
@@ -65,18 +70,37 @@ class ChatTemplate:
 def load_chat_template(folder: Path) -> tuple[ChatTemplate | None, list[str]]:
     """From chat_template.jinja or tokenizer_config.json, or None, with warnings.
 
-    Raises ChatTemplateError.
+    Raises ValueError naming the file: ChatTemplateError where the template is at fault.
     """
-    config = _read_json(folder / "tokenizer_config.json")
+    config = read_json_object(folder / "tokenizer_config.json")
     file = folder / "chat_template.jinja"
-    source = file.read_text(encoding="utf-8") if file.is_file() else config.get("chat_template")
-    if isinstance(source, list):
-        named = {entry.get("name"): entry.get("template") for entry in source}
-        source = named.get("default")
-    if not isinstance(source, str):
-        return None, ["no chat template: chat completions are refused"]
-    tokens = _read_json(folder / "special_tokens_map.json") | config
-    return ChatTemplate(source, _token_texts(tokens)), []
+    try:
+        if file.is_file():
+            source: str | None = file.read_text(encoding="utf-8")
+        else:
+            file = folder / "tokenizer_config.json"
+            source = _default_source(config.get("chat_template"))
+        if source is None:
+            return None, ["no chat template: chat completions are refused"]
+        tokens = read_json_object(folder / "special_tokens_map.json") | config
+        return ChatTemplate(source, _token_texts(tokens)), []
+    except UnicodeDecodeError as error:
+        raise ChatTemplateError(f"{file}: the chat template is not UTF-8: {error}") from error
+    except ChatTemplateError as error:
+        raise ChatTemplateError(f"{file}: {error}") from error
+
+
+def _default_source(value: object) -> str | None:
+    """From tokenizer_config.json's `chat_template`: one text, or several by name."""
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        defaults = [e.get("template") for e in value if e.get("name") == "default"]
+        value = defaults[-1] if defaults else None
+    if value is not None and not isinstance(value, str):
+        raise ChatTemplateError(
+            "chat_template must be a text or a list of objects with a `name` and a `template`, "
+            f"not {reprlib.repr(value)}"
+        )
+    return value
 
 
 def _token_texts(config: Mapping[str, Any]) -> dict[str, str]:
@@ -89,20 +113,27 @@ def _token_texts(config: Mapping[str, Any]) -> dict[str, str]:
     return texts
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ChatTemplateError(f"{file}: not JSON: {error}") from error
-    return value if isinstance(value, dict) else {}
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant wrote, for training: its text stays as it is.
+
+    A call block as in Transformers, so that variables set inside are unknown outside.
+    """
+
+    tags = {"generation"}  # noqa: RUF012 (an instance variable to Jinja)
+
+    def parse(self, parser: Parser) -> Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
+
+    def _body(self, caller: Callable[[], str]) -> str:
+        return caller()
 
 
 def _compile(source: str) -> Template:
     # The same environment as Transformers' chat_template_utils, so that templates render alike.
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from deploy.config import parse_args
+from deploy.printable import printable
 from deploy.resolve import ResolvedArgs, model_folder, resolve
 from deploy.served_model import ServedModel, load_served_model
 
@@ -38,13 +40,13 @@ def check_model(options: Mapping[str, Any]) -> int:
         config, checkpoint = open_model(folder)
         loads = plan_loading(resolved.spec, config, checkpoint)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
+        reason = printable(" ".join(str(error).split()))
         console.print(f"cannot be served: {reason}", markup=False, soft_wrap=True)
         return 1
     console.print(_table(resolved, served, folder, config))
     console.print(_load_table(loads))
     for warning in (*resolved.warnings, *served.warnings):
-        console.print(f"warning: {warning}", markup=False, soft_wrap=True)
+        console.print(f"warning: {printable(warning)}", markup=False, soft_wrap=True)
     console.print("can be served")
     return 0
 
@@ -98,7 +100,9 @@ def _table(resolved: ResolvedArgs, served: ServedModel, folder: Path, config: Mo
         "chat template": "yes" if served.template else "no",
         "end of sequence": ", ".join(map(str, served.defaults.eos_token_ids)) or "none",
     }
-    table = Table(title=resolved.served_model_name, show_header=False)
+    # A folder's name is no markup, which a plain string would be.
+    title = Text(printable(resolved.served_model_name), style="table.title")
+    table = Table(title=title, show_header=False)
     for key, value in rows.items():
         table.add_row(key, value)
     return table

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from deploy.config import ConfigError, parse_args
+from deploy.printable import printable
 
 # Heavy imports (torch, ray, rich) are inside the commands: a usage error answers at once.
 app = typer.Typer(
@@ -174,7 +175,7 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except ConfigError as error:
-        code = _fail(str(error), 2)
+        code = _fail(printable(str(error)), 2)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     except Exception as error:

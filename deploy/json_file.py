@@ -15,6 +15,8 @@ def read_json_object(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # not JSON, or not UTF-8
         raise ValueError(f"{file}: is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{file}: is nested too deeply to be read") from error
     if not isinstance(value, dict):
         raise ValueError(f"{file}: must hold a JSON object, not {type(value).__name__}")
     return value

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +12,7 @@ from deploy.openai_errors import ApiError
 from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
 
 INT64 = 2**63
+_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 
@@ -147,7 +149,7 @@ class ClassifyRequest(_Strict):
     input: Texts | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
-    """Keep the last k tokens; -1: as many as fit."""
+    """Keep the last k tokens, at least 1; -1: as many as fit."""
     use_activation: bool = True
     """False: the head's scores as they are."""
     add_special_tokens: bool | None = None
@@ -161,7 +163,7 @@ class ClassifyRequest(_Strict):
     @property
     def prompts(self) -> list[str | list[int]]:
         """One entry per input. Raises ApiError when there is none."""
-        return _one_by_one(self.input or [], "input")
+        return _one_by_one([] if self.input is None else self.input, "input")
 
 
 def _one_by_one(texts: Texts, param: str) -> list[str | list[int]]:
@@ -187,6 +189,7 @@ def parse_request(kind: type[Request], body: object) -> Request:
     """Check a decoded body. Raises ApiError 400 that names the field."""
     if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
         raise ApiError("the request body must be a JSON object")
+    _refuse_surrogates(body)
     refuse_unsupported(body, kind.model_fields)
     try:
         request = kind.model_validate({k: v for k, v in body.items() if v is not None})
@@ -202,6 +205,14 @@ def parse_request(kind: type[Request], body: object) -> Request:
     if isinstance(request, ChatRequest | ClassifyRequest):
         _refuse_continuation(request)
     return request
+
+
+def _refuse_surrogates(names: Iterable[str]) -> None:
+    # Pydantic refuses them too, but does not say which name it is.
+    for name in names:
+        if _SURROGATE.search(name):
+            shown = name.encode("ascii", "backslashreplace").decode()
+            raise ApiError(f"{shown}: a field's name must be valid Unicode", param=shown)
 
 
 def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
@@ -221,6 +232,11 @@ def _refuse_input(request: ClassifyRequest) -> None:
         raise ApiError("input: required, unless there are messages", param="input")
     if request.input is not None and request.messages is not None:
         raise ApiError("messages: not allowed together with input", param="messages")
+    if request.truncate_prompt_tokens == 0:
+        raise ApiError(
+            "truncate_prompt_tokens: 0 leaves nothing; allowed are -1 and numbers of at least 1",
+            param="truncate_prompt_tokens",
+        )
 
 
 def _refuse_continuation(request: ChatRequest | ClassifyRequest) -> None:

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deploy.config import ConfigError
+from deploy.printable import printable
 from deploy.resolve import model_folder
 from models.quantization_config import QUANTIZATIONS, quantization_config
 from shards.checkpoint import open_model
@@ -32,55 +33,91 @@ def quantize_model(
 ) -> int:
     """Write the quantised checkpoint; 0 when done, 1 with reasons when the model cannot be read.
 
-    OUTDIR appears only when it is complete. Raises ConfigError.
+    OUTDIR appears, or has its config.json, only when it is complete. Raises ConfigError.
     """
     if quantization not in QUANTIZATIONS[1:]:
         raise ConfigError(
             f"quantization={quantization}: allowed values are {', '.join(QUANTIZATIONS[1:])}"
         )
     folder = model_folder(model)
-    _check_outdir(outdir)
+    target = _check_outdir(outdir)
     console = Console()
     try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)
     except (ValueError, OSError) as error:
-        console.print(f"cannot be quantised: {error}", markup=False, soft_wrap=True)
-        return 1
+        return _refuse(console, error)
     if config.quantization != "none":
         raise ConfigError(f"model={model}: its files hold {config.quantization} already")
     try:
         tensors = plan_quantized(config, checkpoint, effective_quantization(quantization, config))
-        with _complete_folder(outdir) as partial, _progress(console, tensors) as on_written:
+        with _complete_folder(target) as partial, _progress(console, tensors) as on_written:
             write_checkpoint(
                 partial, tensors, max_shard_bytes=max_shard_bytes, on_written=on_written
             )
             _copy_the_rest(folder, partial, quantization)
     except (ValueError, OSError) as error:
-        console.print(f"cannot be quantised: {error}", markup=False, soft_wrap=True)
-        return 1
+        return _refuse(console, error)
     before, after = checkpoint.bytes_read, sum(tensor.num_bytes for tensor in tensors)
     sizes = f"{before / 2**20:,.1f} MiB of weights became {after / 2**20:,.1f} MiB"
-    console.print(f"{outdir}: {quantization}, {sizes}", markup=False, soft_wrap=True)
+    console.print(
+        f"{printable(str(outdir))}: {quantization}, {sizes}", markup=False, soft_wrap=True
+    )
     return 0
 
 
-def _check_outdir(outdir: Path) -> None:
-    if outdir.exists() and (not outdir.is_dir() or any(outdir.iterdir())):
-        raise ConfigError(f"outdir={outdir}: allowed is a folder that is empty or not there yet")
+def _refuse(console: Console, error: Exception) -> int:
+    reason = printable(" ".join(str(error).split()))
+    console.print(f"cannot be quantised: {reason}", markup=False, soft_wrap=True)
+    return 1
+
+
+def _check_outdir(outdir: Path) -> Path:
+    """OUTDIR without the symbolic links on its way. Raises ConfigError."""
+    allowed = "allowed is a folder that is empty or not there yet"
+    try:
+        target = outdir.resolve()
+        usable = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of symbolic links
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"outdir={outdir}: {reason}; {allowed}") from None
+    if not usable:
+        raise ConfigError(f"outdir={outdir}: {allowed}")
+    return target
 
 
 @contextmanager
-def _complete_folder(outdir: Path) -> Iterator[Path]:
-    """A folder beside `outdir` that takes its place at the end, and goes where that fails."""
-    outdir.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{outdir.name}-", dir=outdir.parent))
+def _complete_folder(target: Path) -> Iterator[Path]:
+    """A folder that becomes `target` at the end, and goes where that fails.
+
+    Where `target` is there, its content moves: a mount point or the working directory stays.
+    """
+    there = target.exists()
+    parent = target if there else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=".conclave-", dir=parent))
     try:
         yield partial
-        partial.chmod(0o755)
-        partial.replace(outdir)
+        if there:
+            _move_up(partial)
+        else:
+            partial.chmod(0o755)
+            partial.replace(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _move_up(partial: Path) -> None:
+    """Move the files to the parent, config.json last; all or none."""
+    files = sorted(partial.iterdir(), key=lambda file: file.name == _CONFIG_FILE)
+    try:
+        for file in files:
+            file.rename(partial.parent / file.name)
+    except BaseException:
+        for file in files:
+            if not file.exists():
+                (partial.parent / file.name).unlink(missing_ok=True)
+        raise
 
 
 @contextmanager

@@ -45,6 +45,14 @@ class ResolvedArgs:
 
 def model_folder(model: str) -> Path:
     """The checkpoint folder that MODEL names. Raises ConfigError."""
+    try:
+        return _model_folder(model)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, an unknown ~user
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"model={model}: cannot be read: {reason}") from None
+
+
+def _model_folder(model: str) -> Path:
     folder = nano_checkpoint(model) if model in NANO_MODELS else Path(model).expanduser()
     if not folder.is_dir():
         raise ConfigError(

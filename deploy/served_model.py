@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import reprlib
+import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,39 @@ from deploy.chat import ChatTemplate, load_chat_template
 from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
 from deploy.tokenizer import TextTokenizer, load_tokenizer
+
+_INT64_END = 2**63
+"""Token ids and `top_k` travel to the engine as 64-bit integers."""
+# What Transformers' `generate` reads and this server does not, with the value that does nothing;
+# null and empty lists do nothing either.
+_NOT_HONOURED: Mapping[str, object] = {
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+    "bad_words_ids": None,
+    "sequence_bias": None,
+    "stop_strings": None,
+    "forced_bos_token_id": None,
+    "forced_eos_token_id": None,
+    "min_new_tokens": 0,
+    "min_length": 0,
+    "max_time": None,
+    "num_beams": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0,
+    "encoder_repetition_penalty": 1,
+    "exponential_decay_length_penalty": None,
+    "guidance_scale": 1,
+    "token_healing": False,
+    "watermarking_config": None,
+}
+_NOT_HONOURED_IN_SAMPLING: Mapping[str, object] = {
+    "typical_p": 1,
+    "top_h": None,
+    "epsilon_cutoff": 0,
+    "eta_cutoff": 0,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,8 +79,8 @@ class ServedModel:
         """Raises ApiError 400 `tokenizer_missing`."""
         if self.tokenizer is None:
             raise ApiError(
-                f"{param}: this checkpoint has no tokenizer; send a prompt of token ids "
-                "to /v1/completions",
+                f"{param}: this checkpoint has no tokenizer; token ids are accepted instead of "
+                "text, as the prompt of /v1/completions or the input of /v1/classify",
                 param=param,
                 code="tokenizer_missing",
             )
@@ -69,6 +103,7 @@ def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int)
     tokenizer, warnings = load_tokenizer(folder)
     template, more = load_chat_template(folder)
     defaults, still_more = load_defaults(folder, tokenizer)
+    defaults, unknown = _in_vocabulary(defaults, vocab_size)
     return ServedModel(
         name=name,
         path=path,
@@ -77,7 +112,7 @@ def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int)
         tokenizer=tokenizer,
         template=template,
         defaults=defaults,
-        warnings=(*warnings, *more, *still_more),
+        warnings=(*warnings, *more, *still_more, *unknown),
     )
 
 
@@ -96,10 +131,11 @@ def load_defaults(
     )
     eos = eos or _eos_of_tokenizer(folder, tokenizer)
     warnings = [] if eos else ["no end-of-sequence token is declared: answers end at max_tokens"]
+    warnings += _not_honoured(file, generation)
     penalty = _number(file, generation, "repetition_penalty", 1.0, above=0.0)
     do_sample = generation.get("do_sample")
     if not isinstance(do_sample, bool | None):
-        raise ValueError(f"{file}: do_sample: must be true or false, not {do_sample!r}")
+        raise ValueError(f"{file}: do_sample: must be true or false, not {reprlib.repr(do_sample)}")
     # do_sample=false makes Transformers ignore what follows, so it does here.
     chosen = {} if do_sample is False else generation
     return (
@@ -115,6 +151,31 @@ def load_defaults(
     )
 
 
+def _in_vocabulary(
+    defaults: SamplingDefaults, vocab_size: int
+) -> tuple[SamplingDefaults, list[str]]:
+    """Without the end-of-sequence tokens that the model cannot answer, and warnings of them."""
+    known = tuple(i for i in defaults.eos_token_ids if i < vocab_size)
+    unknown = [str(i) for i in defaults.eos_token_ids if i >= vocab_size]
+    if not unknown:
+        return defaults, []
+    warning = (
+        f"end-of-sequence token {', '.join(unknown)} is left out: the vocabulary has ids "
+        f"0..{vocab_size - 1}" + ("" if known else ", so answers end at max_tokens")
+    )
+    return replace(defaults, eos_token_ids=known), [warning]
+
+
+def _not_honoured(file: Path, generation: Mapping[str, Any]) -> list[str]:
+    sampling = {} if generation.get("do_sample") is False else _NOT_HONOURED_IN_SAMPLING
+    names = [
+        key
+        for key, neutral in {**_NOT_HONOURED, **sampling}.items()
+        if generation.get(key) not in (None, neutral, "", [], {})
+    ]
+    return [f"{file.name}: not honoured: {', '.join(names)}"] if names else []
+
+
 def _eos_of_tokenizer(folder: Path, tokenizer: TextTokenizer | None) -> tuple[int, ...]:
     token = read_json_object(folder / "tokenizer_config.json").get("eos_token")
     text = token.get("content") if isinstance(token, dict) else token
@@ -127,9 +188,10 @@ def _eos_of_tokenizer(folder: Path, tokenizer: TextTokenizer | None) -> tuple[in
 def _token_ids(file: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     value = config.get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(_is_integer(v) and v >= 0 for v in values):
+    if not all(_is_integer(v) and 0 <= v < _INT64_END for v in values):
         raise ValueError(
-            f"{file}: eos_token_id: must be a token id or a list of token ids, not {value!r}"
+            f"{file}: eos_token_id: must be a token id or a list of token ids, "
+            f"not {reprlib.repr(value)}"
         )
     return tuple(dict.fromkeys(values))
 
@@ -140,18 +202,20 @@ def _number(
     key: str,
     default: float,
     *,
-    above: float = -math.inf,
-    most: float = math.inf,
+    above: float = -1.0,
+    most: float = sys.float_info.max,
 ) -> float:
     """A number of at least 0, greater than `above` and at most `most`; null means `default`."""
     value = config.get(key)
     if value is None:
         return default
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 <= value < math.inf or not above < value <= most:
+    if not number or not 0 <= value <= most or not above < value:
         low = "greater than 0" if above == 0 else "at least 0"
-        high = "" if most == math.inf else f" and at most {most:g}"
-        raise ValueError(f"{file}: {key}: must be a number {low}{high}, not {value!r}")
+        high = "" if most == sys.float_info.max else f" and at most {most:g}"
+        raise ValueError(
+            f"{file}: {key}: must be a finite number {low}{high}, not {reprlib.repr(value)}"
+        )
     return float(value)
 
 
@@ -160,8 +224,11 @@ def _top_k(file: Path, config: Mapping[str, Any]) -> int:
     value = config.get("top_k")
     if value is None:
         return 0
-    if not _is_integer(value) or value < -1:
-        raise ValueError(f"{file}: top_k: must be an integer of at least 0, not {value!r}")
+    if not _is_integer(value) or not -1 <= value < _INT64_END:
+        raise ValueError(
+            f"{file}: top_k: must be an integer of at least 0 and below 2**63, "
+            f"not {reprlib.repr(value)}"
+        )
     return max(0, int(value))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from deploy.added_tokens import AddedToken, read_folder
 from deploy.tokenizer import TextTokenizer, TokenizerError
 
 _SPACE_MARK = "▁"
+_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 class JsonTokenizer(TextTokenizer):
@@ -82,8 +84,8 @@ class JsonTokenizer(TextTokenizer):
             if None not in letters:
                 return bytes(b for b in letters if b is not None)
             return str(token).encode()
-        if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-            return bytes([int(token[3:5], 16)])
+        if byte := _BYTE_PIECE.fullmatch(token):
+            return bytes.fromhex(byte[1])
         return str(token).replace(_SPACE_MARK, " ").encode()
 
 

@@ -26,6 +26,9 @@ class SentencePieceTokenizer(TextTokenizer):
     def __init__(self, file: Path) -> None:
         super().__init__()
         model = file.read_bytes()
+        if not model:
+            # The library takes no bytes for no model, and logs an error at every call.
+            raise TokenizerError(f"{file}: is not a sentencepiece model: it has no pieces")
         try:
             self._model = SentencePieceProcessor(model_proto=model)
         except (RuntimeError, OSError) as error:

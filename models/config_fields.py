@@ -66,16 +66,16 @@ class Fields:
         return given[0] if given else key
 
     def integer(self, key: str, default: int, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; 8.0 is accepted for 8."""
+        """An integer from `minimum` to 2**40; 8.0 is accepted for 8."""
         value = self._get(key)
         if value is None:
             return default
         if not _is_number(value) or value != int(value) or not minimum <= value <= _LARGEST:
-            raise self.error(key, f"an integer of at least {minimum}")
+            raise self.error(key, f"an integer of at least {minimum} and at most {_LARGEST}")
         return int(value)
 
     def optional_integer(self, key: str, minimum: int = 1) -> int | None:
-        """An integer of at least `minimum`, or None when absent or null."""
+        """An integer from `minimum` to 2**40, or None when absent or null."""
         return self.integer(key, minimum, minimum) if self.has(key) else None
 
     def number(self, key: str, default: float, minimum: float = 0.0) -> float:

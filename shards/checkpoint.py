@@ -166,6 +166,12 @@ class Checkpoint:
                 if not isinstance(file, str):
                     raise TypeError(f"{name}: {file!r} is no file name")
                 files.setdefault(file, set()).add(name)
+        except OSError as error:
+            raise CheckpointError(f"{index}: cannot be read: {error.strerror}") from error
+        except RecursionError as error:
+            raise CheckpointError(
+                f"{index}: not a safetensors index: it is nested too deeply"
+            ) from error
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a safetensors index: {error!r}") from error
         return dict(sorted(files.items()))
@@ -175,7 +181,9 @@ class Checkpoint:
             raise CheckpointError(f"{file}: missing file")
         try:
             tensors = read_header(file)
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+        except SafetensorError as error:
             raise CheckpointError(f"{file}: corrupt or truncated file: {error}") from error
         for name in sorted(listed - tensors.keys()):
             raise CheckpointError(f"{file}: the index promises tensor {name}, which is not in it")

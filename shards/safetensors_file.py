@@ -33,10 +33,11 @@ class StoredTensor:
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Tensors by name, all within the file. Raises SafetensorError or OSError."""
-    # The library refuses what does not add up: offsets, shapes and dtypes, the file's length.
-    with safe_open(file, framework="numpy"):
-        pass
     with file.open("rb") as opened:
+        # The library refuses what does not add up: offsets, shapes and dtypes, the file's length.
+        # It calls every file that it cannot open a missing one: opened above, to hear the reason.
+        with safe_open(file, framework="numpy"):
+            pass
         length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
         header = json.loads(opened.read(length))
     data = _LENGTH_BYTES + length

@@ -104,3 +104,61 @@ def test_where_templates_are_found(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ChatTemplateError):
         load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}|{% endfor %}",
+        "a\n  {%- generation -%}\n {{ messages[0].content }} \n{%- endgeneration -%}\n b",
+        "{% set x = 1 %}{% generation %}\n{% set x = 2 %}{{ x }}{% endgeneration %}\n{{ x }}",
+        "{% set n = namespace(x=1) %}{% generation %}{% set n.x = 2 %}{% endgeneration %}{{ n.x }}",
+    ],
+)
+def test_generation_blocks_are_transparent(source: str) -> None:
+    for chat in CHATS:
+        ours = ChatTemplate(source, {}).render(chat, add_generation_prompt=False)
+        assert ours == theirs(source, chat)
+
+
+# Jinja's own errors, one of Python's compiler and one of its parser.
+@pytest.mark.parametrize(
+    "source", ["{% if %}", "{% generation %}", "{% break %}", "{{ " + "(" * 50_000]
+)
+def test_templates_that_do_not_compile_name_their_file(tmp_path: Path, source: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: .*does not compile"):
+        load_chat_template(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(source)
+    with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja: .*does not compile"):
+        load_chat_template(tmp_path)
+
+
+def test_a_template_that_is_not_utf8_names_its_file(tmp_path: Path) -> None:
+    (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
+    with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja: .*not UTF-8"):
+        load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "value", [["x"], [None], 5, True, {"default": "x"}, [{"name": "default", "template": 5}]]
+)
+def test_templates_of_another_shape_are_named(tmp_path: Path, value: object) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
+    with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: chat_template must be"):
+        load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config\.json: "):
+        load_chat_template(tmp_path)
+
+
+def test_names_of_templates_may_be_anything(tmp_path: Path) -> None:
+    named = [{"name": ["x"], "template": 5}, {"name": "default", "template": "D"}, {}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    template, _ = load_chat_template(tmp_path)
+    assert template is not None
+    assert template.render(CHATS[0]) == "D"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,9 @@ import torch
 from typer.testing import CliRunner
 
 from deploy.cli import app
+from deploy.config import ConfigError
+from deploy.quantize import quantize_model
+from deploy.resolve import model_folder
 from tests.layouts import fuse, read_tensors, split_dbrx_experts, write_tensors
 from tests.tiny import FAMILIES, write_tiny
 
@@ -182,6 +187,56 @@ def test_unknown_keys_and_own_heads_are_warned_about(tmp_path: Path) -> None:
     assert "warning: config.json: not known and without effect: frobnicate" in said
     assert "warning: tie_word_embeddings is true, but the checkpoint holds an lm_head" in said
     assert "mamba backend" not in said
+
+
+HOSTILE = "a\ud800\x1b[31mb"
+ESCAPED = r"a\ud800\x1b[31mb"
+
+
+def test_names_that_no_terminal_shows(tmp_path: Path) -> None:
+    folder = write_tiny("jamba", tmp_path / "[bold]\x9b:smile:[x]", max_shard_size="60KB")
+    edit_config(folder, **{HOSTILE: 1})
+    code, said = check(folder)
+    assert code == 0
+    assert rf"not known and without effect: {ESCAPED}" in said
+    assert r"[bold]\x9b:smile:[x]" in said
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"][HOSTILE] = f"{HOSTILE}.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    code, said = check(folder)
+    assert (code, said.count("\n")) == (1, 1)
+    assert ESCAPED in said
+    assert "\x1b" not in said
+
+
+@contextmanager
+def without_search_permission(folder: Path) -> Iterator[Path]:
+    """The folder as a user sees it who may not look inside, as root always may."""
+    user = os.geteuid()
+    folder.chmod(0)
+    try:
+        if user == 0:
+            os.seteuid(65534)
+        yield folder
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+def test_a_folder_nobody_may_look_into(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    with without_search_permission(tmp_path):
+        for model in (tmp_path, tmp_path / "below"):
+            with pytest.raises(ConfigError, match=rf"model={model}: .*Permission denied"):
+                model_folder(str(model))
+        with pytest.raises(ConfigError, match=r"outdir=.*/new: Permission denied"):
+            quantize_model("nano-jamba", tmp_path / "new", "int8")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "~nobody-of-this-name/x"])
+def test_a_name_that_no_folder_has(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"model={name}: "):
+        model_folder(name)
 
 
 def test_the_program_starts_no_ray_and_leaves_stderr_clean(tmp_path: Path) -> None:

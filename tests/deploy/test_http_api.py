@@ -12,18 +12,10 @@ import httpx
 import pytest
 
 from shards.client import GroupFailed, GroupState, SequenceRefused
+from tests.deploy.http_client import client_of, is_openai_error, post
 
 USER = [{"role": "user", "content": "Hi"}]
 MakeApi = Callable[..., Any]
-
-
-def client_of(app: Any) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
-
-
-async def post(api: Any, path: str, body: Any, **kwargs: Any) -> httpx.Response:
-    async with client_of(api.app()) as client:
-        return await client.post(path, json=body, **kwargs)
 
 
 def events(response: httpx.Response) -> list[Any]:
@@ -32,10 +24,6 @@ def events(response: httpx.Response) -> list[Any]:
     assert all(line.startswith("data: ") for line in lines)
     assert lines[-1] == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
-
-
-def is_openai_error(body: Any) -> bool:
-    return set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
 
 
 async def test_chat(make_api: MakeApi) -> None:
@@ -172,110 +160,6 @@ async def test_unknown_fields_are_named(make_api: MakeApi) -> None:
     assert reply["warnings"] == ["unknown field tempreature has no effect"]
     chunks = events(await post(make_api(), "/v1/chat/completions", {**body, "stream": True}))
     assert [("warnings" in chunk) for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({}, "messages"),
-        ({"messages": []}, "messages"),
-        ({"messages": "x"}, "messages"),
-        ({"messages": [{"role": "user", "content": 5}]}, "messages"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-        ({"messages": [{"role": "user"}]}, "messages"),
-        ({"messages": [{"role": "user", "content": "\ud800"}]}, "messages"),
-        ({"messages": USER, "temperature": "0.5"}, "temperature"),
-        ({"messages": USER, "temperature": -1}, "temperature"),
-        ({"messages": USER, "top_p": 0}, "top_p"),
-        ({"messages": USER, "n": 0}, "n"),
-        ({"messages": USER, "n": True}, "n"),
-        ({"messages": USER, "seed": 2**63}, "seed"),
-        ({"messages": USER, "max_tokens": 0}, "max_tokens"),
-        ({"messages": USER, "max_completion_tokens": 10**6}, "max_completion_tokens"),
-        ({"messages": USER, "stop": ""}, "stop"),
-        ({"messages": USER, "stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"messages": USER, "min_tokens": 9, "max_tokens": 8}, "min_tokens"),
-        ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
-        ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
-        ({"messages": USER, "logit_bias": {"5": 101}}, "logit_bias"),
-        ({"messages": USER, "logit_bias": {"x": 1}}, "logit_bias"),
-        ({"messages": USER, "logit_bias": {"99999999": 1}}, "logit_bias"),
-        ({"messages": USER, "allowed_token_ids": []}, "allowed_token_ids"),
-        ({"messages": USER, "allowed_token_ids": [-1]}, "allowed_token_ids"),
-        ({"messages": USER, "bad_words": [""]}, "bad_words"),
-        ({"messages": USER, "repetition_penalty": 0}, "repetition_penalty"),
-        ({"messages": USER, "frequency_penalty": 2.1}, "frequency_penalty"),
-        ({"messages": USER, "best_of": 2}, "best_of"),
-        ({"messages": USER, "echo": True}, "echo"),
-        ({"messages": USER, "structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
-        ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
-    ],
-)
-async def test_bad_chat_requests_name_the_field(
-    make_api: MakeApi, body: dict[str, Any], param: str
-) -> None:
-    api = make_api()
-    for stream in ({}, {"stream": True}):
-        async with client_of(api.app()) as client:
-            content = json.dumps({**body, **stream})
-            response = await client.post("/v1/chat/completions", content=content)
-        assert response.status_code == 400, response.text
-        assert is_openai_error(response.json())
-        assert response.json()["error"]["param"] == param
-        assert response.json()["error"]["type"] == "invalid_request_error"
-    assert not api.client.streams
-
-
-async def test_stream_options_need_a_stream(make_api: MakeApi) -> None:
-    response = await post(make_api(), "/v1/completions", {"prompt": [5], "stream_options": {}})
-    assert response.status_code == 400
-    assert response.json()["error"]["param"] == "stream_options"
-
-
-@pytest.mark.parametrize(
-    ("body", "param"),
-    [
-        ({}, "prompt"),
-        ({"prompt": []}, "prompt"),
-        ({"prompt": [[]]}, "prompt"),
-        ({"prompt": {"a": 1}}, "prompt"),
-        ({"prompt": ["a", 1]}, "prompt"),
-        ({"prompt": [1.5]}, "prompt"),
-        ({"prompt": [512]}, "prompt"),
-        ({"prompt": [5], "echo": 1}, "echo"),
-        ({"prompt": [5], "max_tokens": 0}, "max_tokens"),
-        ({"prompt": [5], "prompt_logprobs": 21}, "prompt_logprobs"),
-        ({"prompt": [5], "prompt_logprobs": -1}, "prompt_logprobs"),
-        ({"prompt": [5], "prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
-        ({"prompt": [5], "truncate_prompt_tokens": 3}, "truncate_prompt_tokens"),
-        ({"prompt": [5], "suffix": "x"}, "suffix"),
-        ({"prompt": [5], "logprobs": True}, "logprobs"),
-    ],
-)
-async def test_bad_completion_requests_name_the_field(
-    make_api: MakeApi, body: dict[str, Any], param: str
-) -> None:
-    response = await post(make_api(), "/v1/completions", body)
-    assert response.status_code == 400, response.text
-    assert is_openai_error(response.json())
-    assert response.json()["error"]["param"] == param
-
-
-async def test_prompt_that_does_not_fit(make_api: MakeApi) -> None:
-    for body in ({"prompt": [5] * 256}, {"prompt": [5] * 200, "max_tokens": 57}):
-        error = (await post(make_api(), "/v1/completions", body)).json()["error"]
-        assert error["code"] == "context_length_exceeded"
-
-
-@pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b"\xff\xfe", b"nul", b"[" * 100_000, b'"x"'])
-async def test_bodies_that_are_no_json_object(make_api: MakeApi, raw: bytes) -> None:
-    async with client_of(make_api().app()) as client:
-        for path in ("/v1/chat/completions", "/v1/completions"):
-            response = await client.post(path, content=raw)
-            assert response.status_code == 400
-            assert is_openai_error(response.json())
 
 
 async def test_wrong_model_and_unknown_paths(make_api: MakeApi) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +187,79 @@ def test_a_broken_source_leaves_nothing_behind(
     assert quantize_model(str(folder), tmp_path / "copy", "int8") == 1
     assert f"tensor {name}: a value is not finite" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def a_link_to_nowhere(where: Path) -> Path:
+    (where / "link").symlink_to(where / "new")
+    return where / "link"
+
+
+def a_link_to_an_empty_folder(where: Path) -> Path:
+    (where / "new").mkdir()
+    return a_link_to_nowhere(where)
+
+
+def an_empty_folder(where: Path) -> Path:
+    return a_link_to_an_empty_folder(where).resolve()
+
+
+def the_working_folder(where: Path) -> Path:
+    os.chdir(an_empty_folder(where))
+    return Path(".")
+
+
+OUTDIRS = (a_link_to_nowhere, a_link_to_an_empty_folder, an_empty_folder, the_working_folder)
+
+
+@pytest.mark.parametrize("outdir", OUTDIRS)
+def test_the_folder_may_be_there_already(
+    outdir: Callable[[Path], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # and back at the end
+    target = outdir(tmp_path)
+    before = target.stat().st_ino if target.exists() else None
+    assert quantize_model("nano-jamba", target, "int8") == 0
+    verify(*open_model(tmp_path / "new"))
+    assert before in (None, (tmp_path / "new").stat().st_ino), "a mount point cannot be replaced"
+    copied = {f.name for f in nano_checkpoint("nano-jamba").iterdir() if f.suffix != ".safetensors"}
+    weights = {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    assert {file.name for file in target.iterdir()} == copied | weights
+    assert {path.name for path in tmp_path.iterdir()} <= {"new", "link"}
+
+
+@pytest.mark.parametrize("outdir", OUTDIRS)
+def test_a_full_disk_leaves_nothing_behind(
+    outdir: Callable[[Path], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = outdir(tmp_path)
+    rename = Path.rename
+
+    def full(self: Path, to: Path) -> Path:
+        if self.name == "config.json":
+            assert (to.parent / "model.safetensors.index.json").exists(), "config.json is the last"
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, to)
+
+    def never(self: Path, to: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "rename", full)
+    monkeypatch.setattr(Path, "replace", never)
+    assert quantize_model("nano-jamba", target, "int8") == 1
+    assert "No space left" in capsys.readouterr().out
+    assert not target.exists() or not list(target.iterdir())
+    assert {path.name for path in tmp_path.iterdir()} <= {"new", "link"}
+
+
+def test_an_outdir_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, reason in (("x" * 300, "File name too long"), ("loop", "Symlink loop")):
+        with pytest.raises(ConfigError, match=f"outdir=.*{name}: {reason}"):
+            quantize_model("nano-jamba", tmp_path / name, "int8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -231,3 +231,15 @@ def test_a_malformed_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         load_tokenizer(tmp_path)
+
+
+def test_pieces_that_only_look_like_bytes_are_text(tmp_path: Path) -> None:
+    pieces = ["<0x41>", "<0xe2>", "<0xZZ>", "<0xé0>", "<0x4>", "<0x041>"]
+    tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours, _ = load_tokenizer(tmp_path)
+    assert ours is not None
+    assert ours.token_bytes(1) == b"\xe2"
+    for i in (0, 2, 3, 4, 5):
+        assert ours.token_bytes(i).decode() == tokenizer.decode([i])

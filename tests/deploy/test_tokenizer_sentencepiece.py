@@ -209,6 +209,11 @@ def test_pieces_that_only_help_to_merge_belong_to_no_token(tmp_path: Path) -> No
             {"added_tokens_decoder": {"900": {"content": "a", "rstrip": 1}}},
             "rstrip",
         ),
+        *(
+            ("tokenizer_config.json", {key: value}, f"{key} of tokenizer_config.json")
+            for key in ("additional_special_tokens", "extra_special_tokens")
+            for value in (5, True, False, "<x>")
+        ),
         ("added_tokens.json", {"a": "1"}, "'a'"),
         ("added_tokens.json", {"a": 900, "b": 900}, "share id 900"),
     ],
@@ -222,7 +227,11 @@ def test_malformed_files_are_named(
         load_tokenizer(tmp_path)
 
 
-def test_a_file_that_is_no_model(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.model").write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\n", b""])
+def test_a_file_that_is_no_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
     with pytest.raises(TokenizerError, match=r"tokenizer\.model"):
         load_tokenizer(tmp_path)
+    assert content or capfd.readouterr().err == ""

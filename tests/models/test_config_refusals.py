@@ -141,6 +141,14 @@ def test_refusals_name_the_key(raw: dict[str, Any], key: str) -> None:
     assert "must be" in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [2**40 + 1, 1e300, 10**400])
+def test_a_size_beyond_all_bounds_is_told_the_bound(size: float) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^hidden_size is .* at least 1 and at most 1099511627776"
+    ):
+        parse_config({"model_type": "jamba", "hidden_size": size})
+
+
 SAVED: dict[str, dict[str, Any]] = {
     "dbrx": DbrxConfig(attn_config={"rope_theta": 1e4}).to_dict(),
     "phimoe": PhimoeConfig(

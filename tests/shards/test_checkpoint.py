@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -167,6 +170,20 @@ def test_corrupt_headers_are_one_line(content: bytes, tmp_path: Path) -> None:
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
+def test_files_that_cannot_be_opened_say_why(tmp_path: Path, name: str) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / name)
+    # No free descriptor: unlike a file's permissions, this stops the superuser as well.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(CheckpointError) as error:
+            Checkpoint(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert str(error.value) == f"{tmp_path / name}: cannot be read: {os.strerror(errno.EMFILE)}"
+
+
 def test_a_file_that_shrank_since_is_named(small: Path) -> None:
     checkpoint = Checkpoint(small)
     file = small / "model.safetensors"
@@ -194,7 +211,13 @@ def test_a_bad_index_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "two.safetensors")
     with pytest.raises(CheckpointError, match=r"two\.safetensors: tensor a is in another file"):
         Checkpoint(tmp_path)
-    for bad in ("[", json.dumps({}), json.dumps({"weight_map": [1]}), json.dumps([])):
+    for bad in (
+        "[",
+        "[" * 100_000,
+        json.dumps({}),
+        json.dumps({"weight_map": [1]}),
+        json.dumps([]),
+    ):
         index.write_text(bad)
         with pytest.raises(CheckpointError, match="not a safetensors index"):
             Checkpoint(tmp_path)
