@@ -10,6 +10,7 @@ import torch
 
 from router.step import Admit, SamplingParams, Token
 from shards.checkpoint import CheckpointError
+from shards.logits_processors import TokenHistory
 from shards.sampler import SampleRequest, sample
 from tests.shards.generation import generate, greedy, limits_for, local
 from tests.tiny import FAMILIES, load_reference, reference_greedy, reference_logits, write_tiny
@@ -68,9 +69,10 @@ def test_sampling_follows_transformers_logits(family: str, folders: dict[str, Pa
     for admit in mixed_admits():
         known = list(admit.prompt)
         assert tokens[admit.seq_id]
-        for position, token in enumerate(tokens[admit.seq_id]):
+        for token in tokens[admit.seq_id]:
             row = reference_logits(reference, known)[-1]
-            request = SampleRequest(seq_id=admit.seq_id, position=position, sampling=admit.sampling)
+            history = TokenHistory(admit.prompt, known[len(admit.prompt) :])
+            request = SampleRequest(seq_id=admit.seq_id, history=history, sampling=admit.sampling)
             assert token.token_id == sample(row[None], [request])[0].token_id
             expected = torch.log_softmax(row, -1)
             assert token.logprob == pytest.approx(float(expected[token.token_id]), abs=1e-3)
