@@ -13,6 +13,7 @@ from ray import serve
 from deploy.cpu_features import instruction_set
 from deploy.http_api import build_api
 from deploy.openai_errors import ApiError, Json, internal_error
+from deploy.printable import printable
 from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
@@ -72,7 +73,7 @@ class Ingress:
             spec.limits.max_model_len,
         )
         for warning in (*resolved.warnings, *model.warnings):
-            log.warning("%s: %s", model.name, warning)
+            log.warning("%s: %s", printable(model.name), printable(warning))
         context = serve.get_replica_context()
         prefix = f"conclave/{context.app_name}/{context.replica_tag}"
         # Off the loop: health checks are answered while the weights load.
