@@ -154,7 +154,7 @@ def _group_spec(
         dispatch=args.dispatch,
         stage_layers=_stage_layers(config, stages, dtype),
         placement=None if local else _placement(args, config),
-        limits=_limits(args, config, dtype, stages),
+        limits=_limits(args, config, dtype, stages, lookahead=not local and stages == 1),
         # The same on every topology: bits may depend on how many threads share an operation.
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
@@ -216,7 +216,9 @@ def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[i
         raise ConfigError(str(error)) from error
 
 
-def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> EngineLimits:
+def _limits(
+    args: ServeArgs, config: ModelConfig, dtype: str, stages: int, *, lookahead: bool
+) -> EngineLimits:
     from shards.kv_cache import num_blocks_for, num_snapshots_for
 
     longest = config.max_position_embeddings
@@ -265,6 +267,8 @@ def _limits(args: ServeArgs, config: ModelConfig, dtype: str, stages: int) -> En
             max_model_len=max_model_len,
             reprefill_length=config.reprefill_length,
             max_in_flight=stages,
+            # In one process planning and computing take turns.
+            lookahead=lookahead,
             prefix_caching=args.enable_prefix_caching,
             num_snapshots=snapshots,
             window=config.sliding_window,

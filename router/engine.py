@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import pairwise
 from typing import Protocol
 
 from router.limits import EngineLimits
 from router.scheduler import Scheduler
 from router.sequence import Sequence, SequenceStatus
+from router.sequence_cache import SequenceCache
 from router.step import (
     NO_TOKEN,
     NOTHING,
@@ -48,11 +50,11 @@ class EngineCore:
 
     def __init__(self, limits: EngineLimits) -> None:
         self.limits = limits
-        self._start_epoch(0)
+        self._start_epoch(0, SequenceCache(limits))
 
-    def _start_epoch(self, epoch: int) -> None:
+    def _start_epoch(self, epoch: int, cache: SequenceCache) -> None:
         self._epoch = epoch
-        self._scheduler = Scheduler(self.limits)
+        self._scheduler = Scheduler(self.limits, cache)
         self._sequences: dict[int, Sequence] = {}
         self._in_flight: dict[int, StepPlan] = {}
         self._next_step_id = 0
@@ -73,14 +75,20 @@ class EngineCore:
         """Planned steps whose result has not been applied."""
         return len(self._in_flight)
 
-    def reset(self, epoch: int) -> None:
+    def reset(self, epoch: int, *, keep_cache: bool = False) -> None:
         """Forget every sequence and step; the stages must have forgotten them too.
 
-        Raises ValueError for an epoch that is over, or the current one while it has work.
+        With `keep_cache` their memory is as it was: what applied steps have published is found
+        again. Raises ValueError for an epoch that is over, or the current one while it has work.
         """
         if epoch < self._epoch or (epoch == self._epoch and self.has_work):
             raise ValueError(f"epoch {epoch}: the engine is already in epoch {self._epoch}")
-        self._start_epoch(epoch)
+        cache = SequenceCache(self.limits)
+        if keep_cache:
+            cache = self._scheduler.cache
+            lost = (op for plan in self._in_flight.values() for op in plan.state_ops)
+            cache.forget_all(self._scheduler.running.values(), lost)
+        self._start_epoch(epoch, cache)
 
     def admit(self, admit: Admit) -> Refusal | None:
         """Queue a sequence, or say why it can never be served here.
@@ -119,13 +127,11 @@ class EngineCore:
         seq = self._sequences.get(seq_id)
         if seq is None:
             return
-        seq.aborted = True
-        if not seq.in_flight:
-            self._remove(seq)
+        self._end(seq)
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None while all that can run is in flight (or nothing is left)."""
-        if self.num_in_flight >= self.limits.max_in_flight:
+        if self.num_in_flight >= self.limits.num_steps:
             return None
         plan = self._scheduler.schedule(
             epoch=self._epoch, step_id=self._next_step_id, num_in_flight=self.num_in_flight
@@ -139,13 +145,16 @@ class EngineCore:
         """Take a step's result and return its new tokens, in the plan's order.
 
         A result of an older epoch is dropped. Raises ValueError, and changes nothing, when the
-        step is not in flight or its samples are not those the plan asked for.
+        step is not in flight, is not the first in flight with lookahead, or its samples are not
+        those the plan asked for.
         """
         if result.epoch < self._epoch:
             return ()
         plan = self._in_flight.get(result.step_id)
         if plan is None or result.epoch != plan.epoch:
             raise ValueError(f"step {result.step_id} of epoch {result.epoch} is not in flight")
+        if self.limits.lookahead and result.step_id != min(self._in_flight):
+            raise ValueError(f"step {result.step_id} came before step {min(self._in_flight)}")
         expected = [row.seq_id for row in plan.scheduled if row.samples]
         if [sampled.seq_id for sampled in result.sampled] != expected:
             raise ValueError(f"step {result.step_id} must sample sequences {expected} in order")
@@ -155,10 +164,10 @@ class EngineCore:
         for row in plan.scheduled:
             sampled = next(samples) if row.samples else None
             seq = self._sequences[row.seq_id]
-            seq.in_flight = False
+            seq.landed(row)
             self._scheduler.cache.computed(seq, row.num_tokens)
-            if seq.aborted:
-                self._remove(seq)
+            if seq.ended:
+                self._end(seq)
             elif sampled is not None:
                 tokens.append(self._emit(seq, sampled))
             elif not seq.continues and not seq.num_pending:
@@ -171,7 +180,7 @@ class EngineCore:
         seq.tokens.append(sampled.token_id)
         finish = seq.finish_reason
         if finish is not None:
-            self._remove(seq)
+            self._end(seq)
         elif seq.length - 1 == self.limits.reprefill_length:
             # Known length grows one by one, so this is the crossing: all that is cached was
             # computed at a length up to the limit, and may be shared by sequences below it.
@@ -188,10 +197,14 @@ class EngineCore:
 
     def _close(self, seq: Sequence, finish: FinishReason) -> Token:
         """The end of a sequence without a further token."""
-        self._remove(seq)
+        self._end(seq)
         return Token(seq_id=seq.seq_id, position=seq.num_emitted, token_id=NO_TOKEN, finish=finish)
 
-    def _remove(self, seq: Sequence) -> None:
+    def _end(self, seq: Sequence) -> None:
+        """Nothing more of it is wanted; it goes when the steps that still write it are back."""
+        seq.ended = True
+        if seq.num_in_flight:
+            return
         del self._sequences[seq.seq_id]
         self._scheduler.remove(seq)
 
@@ -220,13 +233,12 @@ class EngineCore:
         assert len(queued) == len(self._sequences)
         assert all(self._sequences[seq.seq_id] is seq for seq in queued)
         flying = [row.seq_id for plan in self._in_flight.values() for row in plan.scheduled]
-        assert len(flying) == len(set(flying)), "a sequence is in two steps"
-        assert set(flying) == {seq.seq_id for seq in queued if seq.in_flight}
-        assert len(self._in_flight) <= self.limits.max_in_flight
+        assert Counter(flying) == {s.seq_id: s.num_in_flight for s in queued if s.num_in_flight}
+        assert len(self._in_flight) <= self.limits.num_steps
         for seq in queued:
-            assert seq.in_flight or not seq.aborted, "an aborted sequence was not removed"
-            assert seq.finish_reason is None, "a finished sequence was not removed"
-            assert seq.in_flight <= (seq.status is SequenceStatus.RUNNING)
+            assert seq.num_in_flight or not seq.ended, "an ended sequence was not removed"
+            assert seq.ended or seq.finish_reason is None, "a finished sequence goes on"
+            assert seq.status is SequenceStatus.RUNNING or not seq.num_in_flight
 
 
 def refusal_reason(admit: Admit, limits: EngineLimits) -> str | None:

@@ -11,7 +11,9 @@ class EngineLimits:
 
     Above `reprefill_length` known tokens a sequence's cache has another content (LongRoPE).
     With `prefix_caching` sequences share the blocks of a common beginning; `num_snapshots` more
-    state slots, numbered behind the others, hold what recurrent models need for it.
+    state slots, numbered behind the others, hold what recurrent models need for it. `max_in_flight`
+    is one step per stage; with `lookahead` (one stage) the next step is planned and sent while one
+    runs.
     """
 
     block_size: int
@@ -22,6 +24,7 @@ class EngineLimits:
     max_model_len: int
     reprefill_length: int | None = None
     max_in_flight: int = 1
+    lookahead: bool = False
     prefix_caching: bool = False
     num_snapshots: int = 0
     window: int | None = None
@@ -34,10 +37,17 @@ class EngineLimits:
         _require("max_model_len", self.max_model_len, 2)
         _require("num_state_slots", self.num_state_slots, 0)
         _require("num_snapshots", self.num_snapshots, 0)
+        if self.lookahead and self.max_in_flight != 1:
+            raise ValueError(f"lookahead with max_in_flight={self.max_in_flight}: allowed 1")
         if self.window is not None:
             _require("window", self.window, 1)
         if self.reprefill_length is not None:
             _require("reprefill_length", self.reprefill_length, 1)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that may be planned before the first one's result is there."""
+        return self.max_in_flight + self.lookahead
 
     @property
     def num_state_rows(self) -> int:

@@ -52,9 +52,9 @@ class Scheduler:
     stages must forget with the next plan.
     """
 
-    def __init__(self, limits: EngineLimits) -> None:
+    def __init__(self, limits: EngineLimits, cache: SequenceCache) -> None:
         self.limits = limits
-        self.cache = SequenceCache(limits)
+        self.cache = cache
         self.waiting: list[Sequence] = []
         self.running: dict[int, Sequence] = {}
         self.released: list[int] = []
@@ -68,7 +68,7 @@ class Scheduler:
 
     def remove(self, seq: Sequence) -> None:
         """Forget a sequence that is not in flight, and free what it holds."""
-        assert not seq.in_flight, f"sequence {seq.seq_id} is in flight"
+        assert not seq.num_in_flight, f"sequence {seq.seq_id} is in flight"
         if seq.status is SequenceStatus.WAITING:
             self.waiting.remove(seq)
         else:
@@ -79,6 +79,9 @@ class Scheduler:
 
         While nothing is in flight and any sequence is left, there is always a plan.
         """
+        ahead = self.limits.lookahead and num_in_flight > 0
+        if ahead and self._must_take_back():
+            return None
         started = self._make_way(step_id)
         continued = self._continue_running(step_id, len(started))
         decodes = [seq for seq in continued if seq.num_pending == 1]
@@ -103,6 +106,31 @@ class Scheduler:
             released=released,
         )
 
+    def _must_take_back(self) -> bool:
+        """Whether a running sequence would have to give way: none can while it is in flight."""
+        running = (seq for seq in self.running.values() if self._goes_on(seq))
+        if sum(map(self.cache.missing_blocks, running)) > self.cache.blocks.num_free:
+            return True
+        first = self.waiting[0] if self.waiting else None
+        return (
+            first is not None
+            and any(self._yields(seq, first) for seq in self.running.values())
+            and not self._fits(first, self.cache.match(first))
+        )
+
+    def _goes_on(self, seq: Sequence) -> bool:
+        """Whether a running sequence may be in the next step.
+
+        With lookahead one in flight may, unless its next token ends it or starts it again.
+        """
+        if not seq.num_in_flight:
+            return True
+        if seq.num_in_flight > self.limits.lookahead or seq.ended or not seq.num_pending:
+            return False
+        next_length = seq.planned_length
+        crosses = seq.num_coming and next_length - 1 == self.limits.reprefill_length
+        return not crosses and (next_length < seq.max_length or not seq.continues)
+
     def _continue_running(self, step_id: int, num_started: int) -> list[Sequence]:
         """Mark in flight the running sequences that take part, longest idle first.
 
@@ -111,7 +139,8 @@ class Scheduler:
         """
         share = -(-len(self.running) // self.limits.max_in_flight) - num_started
         chosen: list[Sequence] = []
-        for seq in sorted(self._idle(), key=lambda s: (s.last_step, s.rank)):
+        ready = [seq for seq in self.running.values() if self._goes_on(seq)]
+        for seq in sorted(ready, key=lambda s: (s.last_step, s.rank)):
             if len(chosen) == share:
                 break
             if seq.status is SequenceStatus.RUNNING and self._grow(seq):
@@ -137,7 +166,7 @@ class Scheduler:
         times by later ones that do."""
         limits = self.limits
         startable = min(len(self.waiting), max(1, limits.num_seats - len(self.running)))
-        share = -(-startable // (limits.max_in_flight - num_in_flight))
+        share = -(-startable // max(1, limits.max_in_flight - num_in_flight))
         needs = [seq.num_pending for seq in prefills]
         started: list[Sequence] = []
         skipped = 0
@@ -181,7 +210,7 @@ class Scheduler:
         match = self.cache.match(first)
         if self._fits(first, match):
             return []
-        worse = [s for s in self._idle() if s.tier > first.tier and s.priority > first.priority]
+        worse = [s for s in self._idle() if self._yields(s, first)]
         worse.sort(key=lambda s: s.rank)
         victims: list[Sequence] = []
         while not self._fits(first, match, victims):
@@ -192,6 +221,11 @@ class Scheduler:
             self._preempt(victim)
         self._start(first, self.cache.match(first), step_id)
         return [first]
+
+    @staticmethod
+    def _yields(seq: Sequence, first: Sequence) -> bool:
+        """Whether a running sequence gives its place to the first of the queue."""
+        return seq.tier > first.tier and seq.priority > first.priority
 
     def _start(self, seq: Sequence, match: Match, step_id: int) -> None:
         self.waiting.remove(seq)
@@ -209,7 +243,9 @@ class Scheduler:
             self.waiting.sort(key=lambda s: s.rank)
 
     def _take_off(self, seq: Sequence, step_id: int) -> None:
-        seq.in_flight = True
+        if seq.num_in_flight:
+            self.cache.keep_state(seq)
+        seq.num_in_flight += 1
         seq.last_step = step_id
 
     def _preempt(self, victim: Sequence) -> None:
@@ -229,7 +265,7 @@ class Scheduler:
         seq.status = SequenceStatus.WAITING
 
     def _idle(self) -> Iterator[Sequence]:
-        return (seq for seq in self.running.values() if not seq.in_flight)
+        return (seq for seq in self.running.values() if not seq.num_in_flight)
 
     def check_invariants(self) -> None:
         """What is held belongs to running sequences, waiting ones hold nothing, in order."""
@@ -237,11 +273,13 @@ class Scheduler:
         assert len(self.running) <= self.limits.num_seats, "more sequences run than may"
         for seq in self.running.values():
             assert seq.status is SequenceStatus.RUNNING
-            assert seq.num_computed < seq.length <= seq.max_length
+            assert seq.num_computed < seq.length <= seq.max_length or seq.ended
+            assert seq.num_in_flight <= 1 + self.limits.lookahead
+            assert seq.num_coming <= seq.num_in_flight <= seq.num_ahead
         for seq in self.waiting:
             assert seq.status is SequenceStatus.WAITING
-            held = (seq.in_flight, seq.blocks, seq.slot, seq.num_computed, seq.num_sent_blocks)
-            assert held == (False, [], -1, 0, 0), "a waiting sequence holds something"
+            held = (seq.num_in_flight, seq.blocks, seq.slot, seq.num_computed, seq.num_sent_blocks)
+            assert held == (0, [], -1, 0, 0), "a waiting sequence holds something"
             assert seq.seq_id not in self.running, "a sequence waits and runs"
         ranks = [seq.rank for seq in self.waiting]
         assert ranks == sorted(ranks), "the waiting queue is out of order"

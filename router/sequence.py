@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from router.prefix_keys import PrefixKeys
 from router.step import (
+    LAST_SAMPLED,
     NOTHING,
     Admit,
     FinishReason,
@@ -36,10 +37,13 @@ class Sequence:
     `len(tokens)`. `arrival` counts admissions, `last_step` is the last step it was part of, and
     `overtaken` counts later arrivals that started before it or took its place.
 
-    `keys` name its full blocks, of which `num_published` can be found by others; `num_hit` tokens
-    were there when it last started, `num_dropped` blocks lie behind its window. `marks` are
-    positions where its recurrent state is worth a snapshot; `rolling` is its latest one of a
-    decode step.
+    `num_in_flight` steps hold a row of it: they compute `num_ahead` tokens and sample
+    `num_coming`. It has `ended` when its last token is out, or its client gone, before them.
+
+    `keys` name its full blocks, of which `num_published` can be found by others. Of the
+    `start_length` tokens known when it last started, `num_hit` were in the cache; `num_dropped`
+    blocks lie behind its window. `marks` are positions where its recurrent state is worth a
+    snapshot; `rolling` is its latest one behind the prefill.
     """
 
     seq_id: int
@@ -55,6 +59,7 @@ class Sequence:
     num_published: int = 0
     num_hit: int = 0
     num_dropped: int = 0
+    start_length: int = 0
     marks: set[int] = field(default_factory=set)
     rolling: bytes | None = None
     status: SequenceStatus = SequenceStatus.WAITING
@@ -62,8 +67,10 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     num_sent_blocks: int = 0
     slot: int = -1
-    in_flight: bool = False
-    aborted: bool = False
+    num_in_flight: int = 0
+    num_ahead: int = 0
+    num_coming: int = 0
+    ended: bool = False
     last_step: int = -1
     overtaken: int = 0
 
@@ -95,9 +102,19 @@ class Sequence:
         return len(self.tokens) - self.num_prompt
 
     @property
+    def num_planned(self) -> int:
+        """Tokens in the cache once every step in flight has run."""
+        return self.num_computed + self.num_ahead
+
+    @property
+    def planned_length(self) -> int:
+        """Known tokens once every step in flight has run."""
+        return len(self.tokens) + self.num_coming
+
+    @property
     def num_pending(self) -> int:
-        """Known tokens that are not in the cache; 1 for a sequence that decodes."""
-        return len(self.tokens) - self.num_computed
+        """Tokens that no step computes yet; 1 for a sequence that decodes."""
+        return self.planned_length - self.num_planned
 
     @property
     def continues(self) -> bool:
@@ -137,15 +154,26 @@ class Sequence:
 
     def next_chunk(self, num_tokens: int) -> ScheduledSequence:
         """The plan's row for its next `num_tokens` pending tokens; new blocks go out once."""
-        end = self.num_computed + num_tokens
+        start, length = self.num_planned, self.planned_length
+        end = start + num_tokens
         new_blocks = tuple(self.blocks[self.num_sent_blocks :])
         self.num_sent_blocks = len(self.blocks)
+        samples = self.continues and end == length
+        self.num_ahead += num_tokens
+        self.num_coming += samples
+        token_ids = self.tokens[start:end]
         return ScheduledSequence(
             seq_id=self.seq_id,
-            start=self.num_computed,
+            start=start,
             num_tokens=num_tokens,
-            token_ids=tuple(self.tokens[self.num_computed : end]),
-            length=self.length,
+            token_ids=(*token_ids, *[LAST_SAMPLED] * (num_tokens - len(token_ids))),
+            length=length,
             new_blocks=new_blocks,
-            samples=self.continues and end == self.length,
+            samples=samples,
         )
+
+    def landed(self, row: ScheduledSequence) -> None:
+        """A step in flight has returned."""
+        self.num_in_flight -= 1
+        self.num_ahead -= row.num_tokens
+        self.num_coming -= row.samples

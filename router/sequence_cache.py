@@ -106,7 +106,7 @@ class SequenceCache:
         self.blocks.hold(block for block in match.blocks if block != NO_BLOCK)
         missing = self.blocks.blocks_for(seq.length) - len(match.blocks)
         seq.blocks = [*match.blocks, *self.blocks.allocate(missing)]
-        seq.num_computed = match.num_tokens
+        seq.num_computed, seq.start_length = match.num_tokens, seq.length
         seq.num_published = len(match.blocks)
         keys = self._keys(seq, seq.length)
         for key in keys[seq.num_published :]:
@@ -125,28 +125,62 @@ class SequenceCache:
 
     def chunk(self, seq: Sequence, num_tokens: int) -> int:
         """`num_tokens` of the next chunk, cut so that it ends where a snapshot is wanted."""
-        ahead = (mark - seq.num_computed for mark in seq.marks if mark > seq.num_computed)
+        ahead = (mark - seq.num_planned for mark in seq.marks if mark > seq.num_planned)
         return min([num_tokens, *ahead])
+
+    def missing_blocks(self, seq: Sequence) -> int:
+        """Blocks that a running sequence's newest tokens need beyond those it holds."""
+        return max(0, self.blocks.blocks_for(seq.planned_length) - len(seq.blocks))
 
     def grow(self, seq: Sequence) -> bool:
         """Add the blocks of a running sequence's newest tokens; False when too few are free."""
-        missing = self.blocks.blocks_for(seq.length) - len(seq.blocks)
+        missing = self.missing_blocks(seq)
         if missing > self.blocks.num_free:
             return False
-        seq.blocks += self.blocks.allocate(max(0, missing))
+        seq.blocks += self.blocks.allocate(missing)
         return True
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         """A step has computed the next tokens: full blocks can be found from now on."""
         seq.num_computed += num_tokens
-        keys = self._keys(seq, seq.num_computed)
+        keys = self._keys(seq, min(seq.num_computed, seq.length))
         for index in range(seq.num_published, len(keys)):
             self.blocks.publish(seq.blocks[index], keys[index])
             self._forget_coming(seq, keys[index])
         seq.num_published = max(seq.num_published, len(keys))
         self._drop_behind_window(seq)
-        if keys and self.snapshots.num_slots and not seq.num_computed % self._limits.block_size:
-            self._snapshot(seq, keys[-1], is_decode=num_tokens == 1)
+        if not seq.num_in_flight:
+            self.keep_state(seq)
+
+    def keep_state(self, seq: Sequence) -> None:
+        """Copy the state of a sequence before its next row, if it is worth it.
+
+        At a block boundary others can find it: where one asked for it, and behind every prefill.
+        """
+        position = seq.num_planned
+        if not self.snapshots.num_slots or not position or position % self._limits.block_size:
+            return
+        wanted = position in seq.marks
+        seq.marks.discard(position)
+        # Tokens of an ended sequence that nobody has seen have no name.
+        if position > seq.length or not (wanted or position >= seq.start_length):
+            return
+        keys = self._keys(seq, position)
+        if not keys or keys[-1] in self.snapshots:
+            return
+        slot = self.snapshots.take(keys[-1], instead_of=None if wanted else seq.rolling)
+        self._ops.append(StateOp(kind=StateOpKind.SNAPSHOT, target=slot, source=seq.slot))
+        if not wanted:
+            seq.rolling = keys[-1]
+
+    def forget_all(self, running: Iterable[Sequence], lost: Iterable[StateOp]) -> None:
+        """No sequence is known any more and the operations in `lost` may never have been done;
+        what is published is still there."""
+        for seq in running:
+            self.vacate(seq)
+        for op in (*lost, *self.take_ops()):
+            if op.kind is StateOpKind.SNAPSHOT:
+                self.snapshots.discard(op.target)
 
     def vacate(self, seq: Sequence) -> None:
         """Take everything back; what is published stays findable until it is needed."""
@@ -157,7 +191,7 @@ class SequenceCache:
         if seq.slot >= 0:
             self.slots.free(seq.slot)
         seq.blocks, seq.num_sent_blocks, seq.slot, seq.num_computed = [], 0, -1, 0
-        seq.num_published, seq.num_dropped, seq.rolling = 0, 0, None
+        seq.num_published, seq.num_dropped, seq.rolling, seq.start_length = 0, 0, None, 0
         seq.marks.clear()
 
     def _drop_behind_window(self, seq: Sequence) -> None:
@@ -174,8 +208,8 @@ class SequenceCache:
     def take_ops(self) -> tuple[StateOp, ...]:
         """State operations of the plan that goes out now, in their order.
 
-        Snapshots are taken when results come in, slots prepared when a plan is made: so states
-        are read before their slots are overwritten, and snapshots written before they are read.
+        A state is copied before its sequence's next row and before its slot is prepared for
+        another one, and a snapshot is written before it is read.
         """
         ops, self._ops = tuple(self._ops), []
         return ops
@@ -184,7 +218,9 @@ class SequenceCache:
         if not self._limits.prefix_caching:
             return []
         limit = self._limits.reprefill_length
-        regime = "long" if limit is not None and seq.length > limit else "short"
+        # A running sequence stays in the regime that it started in: at the crossing it restarts.
+        length = seq.start_length or seq.length
+        regime = "long" if limit is not None and length > limit else "short"
         if seq.keys is None or seq.keys.regime != regime:
             seq.keys = PrefixKeys(self._limits.block_size, regime=regime, salt=seq.cache_salt)
         return seq.keys.up_to(seq.tokens, num_tokens)
@@ -192,17 +228,6 @@ class SequenceCache:
     def _mark(self, seq: Sequence, position: int) -> None:
         if self.snapshots.num_slots and position > seq.num_computed:
             seq.marks.add(position)
-
-    def _snapshot(self, seq: Sequence, key: bytes, *, is_decode: bool) -> None:
-        """Copy the state of a sequence that stands at a block boundary, if it is worth it."""
-        wanted = seq.num_computed in seq.marks
-        seq.marks.discard(seq.num_computed)
-        if key in self.snapshots or not (wanted or is_decode):
-            return
-        slot = self.snapshots.take(key, instead_of=None if wanted else seq.rolling)
-        self._ops.append(StateOp(kind=StateOpKind.SNAPSHOT, target=slot, source=seq.slot))
-        if not wanted:
-            seq.rolling = key
 
     def _forget_coming(self, seq: Sequence, key: bytes) -> None:
         if self._coming.get(key) is seq:

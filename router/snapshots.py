@@ -42,6 +42,14 @@ class Snapshots:
         self._slot_of[key] = slot
         return slot
 
+    def discard(self, slot: int) -> None:
+        """What a slot was to hold never came: nobody may find it."""
+        for key, held in self._slot_of.items():
+            if held == slot:
+                del self._slot_of[key]
+                self._free.append(slot)
+                return
+
     def check_invariants(self) -> None:
         """Every slot is free or holds one snapshot."""
         slots = [*self._free, *self._slot_of.values()]

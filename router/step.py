@@ -199,10 +199,10 @@ class NewSequence:
 class ScheduledSequence:
     """`num_tokens` tokens of one sequence from absolute position `start`.
 
-    `token_ids` has `num_tokens` entries; the last may be LAST_SAMPLED. `new_blocks` are appended
-    to the sequence's block table before the step. `length` is the sequence's own number of known
-    tokens (prompt + emitted): it decides the LongRoPE regime, never the batch. `samples` is true
-    when the chunk reaches the last known token, so that the last stage samples the next one.
+    `token_ids` has `num_tokens` entries, a single one may be LAST_SAMPLED. `new_blocks` are
+    appended to the sequence's block table before the step. `length` is the sequence's own number
+    of known tokens (prompt + emitted): it decides the LongRoPE regime, never the batch. `samples`
+    is true when the chunk reaches the last known token, so that the last stage samples the next.
     """
 
     seq_id: int
@@ -235,7 +235,8 @@ class StateOp:
 class StepPlan:
     """One scheduled forward. Stages apply `released`, then `new`, then `state_ops`, then run.
 
-    A sequence is in at most one step in flight. Tokens are packed in the order of `scheduled`.
+    A sequence is in at most one step in flight, or in two whose results come in their order: the
+    second then begins with what the first samples. Tokens are packed in the order of `scheduled`.
     """
 
     epoch: int

@@ -23,12 +23,14 @@ class Control:
     """Applied in this order: dial `connect`, take `table`, begin `epoch`, answer `ack`, end.
 
     `coming_epoch` comes before all: steps of earlier epochs must not use the new connections.
+    `keep_cache` goes with `epoch`: the stages' memory is as the last epoch left it.
     """
 
     coming_epoch: int = 0
     connect: tuple[PeerAddress, ...] = ()
     table: RoutingTable | None = None
     epoch: int | None = None
+    keep_cache: bool = False
     ack: int | None = None
     shutdown: bool = False
 

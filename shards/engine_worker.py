@@ -97,10 +97,10 @@ class EngineWorker(Worker):
             case _:
                 super().on_frame(peer, frame)
 
-    def on_epoch(self, epoch: int) -> None:
-        """Forget everything: the ingress admits every live sequence again."""
+    def on_epoch(self, epoch: int, *, keep_cache: bool) -> None:
+        """Forget every sequence: the ingress admits the live ones again."""
         self._epoch = epoch
-        self._core.reset(epoch)
+        self._core.reset(epoch, keep_cache=keep_cache)
         self._refusals.clear()
 
     def _fill_pipeline(self) -> None:
@@ -140,7 +140,7 @@ def make_engine_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) 
     limits = spec.group.limits
     core = EngineCore(limits)
     if spec.group.executor == "pipeline":
-        executor: Executor = PipelineExecutor(transport, limits.max_in_flight)
+        executor: Executor = PipelineExecutor(transport, limits.num_steps)
         return EngineWorker(spec, transport, core, executor)
     from shards.local_executor import load_local_executor
 

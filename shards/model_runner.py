@@ -189,7 +189,8 @@ class ModelRunner:
             )
         token_id = self._sequences[seq_id].history.last
         assert token_id is not None, f"sequence {seq_id} has sampled nothing yet"
-        return token_id
+        # Without a token the sequence has ended, and nobody reads this row.
+        return max(token_id, 0)
 
     def _begin_layer(
         self, batch: _MicroBatch, layer: DecoderLayer, cache: LayerCache, key: ExchangeKey

@@ -100,6 +100,7 @@ class Supervisor:
         self._deaths: dict[str, deque[float]] = {}
         self._epoch = 0
         self._epoch_open = False
+        self._caches_lost = True
         self._round = 0
         self._awaiting: set[str] = set()
         self.table_version = 0
@@ -133,8 +134,9 @@ class Supervisor:
         self._epoch += 1
         self._epoch_open = True
         self._refresh_state()
-        engine = f"{Role.ENGINE}-0"
-        return [Tell(engine, Control(epoch=self._epoch)), BeginEpoch(self._epoch)]
+        begin = Control(epoch=self._epoch, keep_cache=not self._caches_lost)
+        self._caches_lost = False
+        return [Tell(f"{Role.ENGINE}-0", begin), BeginEpoch(self._epoch)]
 
     def on_step_lost(self, epoch: int, now: float) -> list[Action]:
         """A step was dropped on a broken connection: end the epoch even if nobody died."""
@@ -160,6 +162,7 @@ class Supervisor:
         member.spec = replace(spec, incarnation=spec.incarnation + 1)
         member.started = None
         actions: list[Action] = []
+        self._caches_lost |= spec.role in (Role.ENGINE, Role.STAGE)
         if spec.role is not Role.EXPERT:
             actions += self._end_epoch()
         elif self._epoch_open:

@@ -84,7 +84,7 @@ class Worker:
         if control.table is not None:
             self.on_table(control.table)
         if control.epoch is not None:
-            self.on_epoch(control.epoch)
+            self.on_epoch(control.epoch, keep_cache=control.keep_cache)
         if control.ack is not None:
             self.report(WorkerEvent(ack=control.ack))
         if control.shutdown:
@@ -113,8 +113,8 @@ class Worker:
     def on_table(self, table: RoutingTable) -> None:
         """A routing table was published to this worker."""
 
-    def on_epoch(self, epoch: int) -> None:
-        """The group begins a new epoch."""
+    def on_epoch(self, epoch: int, *, keep_cache: bool) -> None:
+        """A new epoch begins; with `keep_cache` every stage has lived through the last one."""
 
 
 def make_worker(

@@ -117,3 +117,17 @@ async def test_arrays_survive_too() -> None:
             for name, array in expected.outputs.items():
                 assert stream.outputs[name].tobytes() == array.tobytes(), (victim, name)
             await healed(group)
+
+
+@pytest.mark.parametrize("model", ["nano-dbrx", "nano-jamba"])
+async def test_what_the_stages_remember_outlives_a_dispatcher(model: str) -> None:
+    """Streams go on from what is cached; what a dead stage remembered is computed again."""
+    long_prompts = PROMPTS[2:]
+    with running_group(model, processes=True, stages=2, expert_shards=2) as group:
+        expected = await ask_all(group, long_prompts, GREEDY)
+        for role, hits in (("dispatcher", True), ("stage", False)):
+            kill_worker(group, role, 0)
+            answers = await asyncio.wait_for(ask_all(group, long_prompts, GREEDY), 60)
+            assert answers == expected
+            assert (group.load.prefix_hit_tokens > 0) is hits, (role, group.load)
+            await healed(group)

@@ -10,6 +10,7 @@ from random import Random
 from router.block_manager import NO_BLOCK
 from router.engine import EngineCore, EngineLimits, Executor
 from router.step import (
+    LAST_SAMPLED,
     NO_TOKEN,
     Admit,
     FinishReason,
@@ -69,7 +70,8 @@ class SimulatedStages:
     """An Executor: KV memory and state slots hold of which content a position was written.
 
     Tables and states change at submit, as every stage takes plans in their order; tokens are
-    computed when polled, in any order among those in flight.
+    computed when polled, in any order among those in flight. With lookahead all of it happens when
+    polled, in order.
     """
 
     def __init__(self, limits: EngineLimits, random: Random) -> None:
@@ -81,10 +83,11 @@ class SimulatedStages:
         self.salts: dict[int, str] = {}
         self.steps: list[StepPlan] = []
         self.num_steps = 0
+        self.num_last_sampled = 0
 
     @property
     def max_in_flight(self) -> int:
-        return self.limits.max_in_flight
+        return self.limits.num_steps
 
     def submit(self, plan: StepPlan) -> None:
         limits = self.limits
@@ -92,7 +95,16 @@ class SimulatedStages:
         flying = {row.seq_id for other in self.steps for row in other.scheduled}
         rows = [row.seq_id for row in plan.scheduled]
         assert len(set(rows)) == len(rows) > 0
-        assert not flying & (set(rows) | set(plan.released)), "a sequence in flight was touched"
+        assert not flying & set(plan.released), "a sequence in flight was released"
+        assert limits.lookahead or not flying & set(rows), "a sequence is in two steps"
+        self.steps.append(plan)
+        assert len(self.steps) <= limits.num_steps
+        if not limits.lookahead:
+            self._prepare(plan)
+
+    def _prepare(self, plan: StepPlan) -> None:
+        limits = self.limits
+        rows = [row.seq_id for row in plan.scheduled]
         assert sum(row.num_tokens for row in plan.scheduled) <= limits.max_num_batched_tokens
         assert all(row.num_tokens >= 1 for row in plan.scheduled)
         assert len(set(plan.released)) == len(plan.released)
@@ -116,20 +128,25 @@ class SimulatedStages:
             assert len(set(blocks)) == len(blocks)
             assert all(0 <= block < limits.num_blocks for block in blocks)
             self.known[row.seq_id].table.extend(row.new_blocks)
-        self.steps.append(plan)
-        assert len(self.steps) <= limits.max_in_flight
 
     def poll(self, timeout: float | None) -> StepResult | None:
         if not self.steps:
             return None
-        plan = self.steps.pop(self.random.randrange(len(self.steps)))
+        if self.limits.lookahead:  # one stage: it takes the next plan when it is done
+            plan = self.steps.pop(0)
+            self._prepare(plan)
+        else:
+            plan = self.steps.pop(self.random.randrange(len(self.steps)))
         sampled = []
         for row in plan.scheduled:
             known = self.known[row.seq_id]
             is_long = row.length > (self.limits.reprefill_length or row.length)
             end = row.start + row.num_tokens
             assert row.length == len(known.tokens)
-            assert list(row.token_ids) == known.tokens[row.start : end]
+            if row.token_ids == (LAST_SAMPLED,):
+                self.num_last_sampled += 1
+            else:
+                assert list(row.token_ids) == known.tokens[row.start : end]
             assert len(row.token_ids) == row.num_tokens
             written = range(row.start, end)
             for position, cell in zip(written, known.cells(written, is_long), strict=True):
@@ -213,11 +230,16 @@ class Ingress:
                 self.ended[token.seq_id] = self.stages.num_steps
         self.core.check_invariants()
 
-    def crash(self) -> None:
-        """Everything but the journal is lost; what was in flight arrives too late."""
+    def crash(self, *, keep_cache: bool = False) -> None:
+        """Everything but the journal is lost, or all but the stages' memory; what was in flight
+        arrives too late."""
         late = [self.stages.poll(0) for _ in self.stages.steps[:1]]
-        self.core.reset(self.core.epoch + 1)
+        self.core.reset(self.core.epoch + 1, keep_cache=keep_cache)
+        before = self.stages
         self.stages = SimulatedStages(self.core.limits, self.random)
+        self.stages.salts = before.salts
+        if keep_cache:
+            self.stages.memory, self.stages.states = before.memory, before.states
         for result in late:
             assert result is not None
             assert self.core.apply(result) == ()

@@ -16,6 +16,7 @@ def random_limits(random: Random) -> EngineLimits:
     max_model_len = random.choice([2, 9, 24, 40, 40])
     block_size = random.randint(1, 5)
     least = -(-max_model_len // block_size)
+    lookahead = random.random() < 0.4
     return EngineLimits(
         block_size=block_size,
         num_blocks=random.randint(least, 2 * least),
@@ -24,7 +25,8 @@ def random_limits(random: Random) -> EngineLimits:
         max_num_batched_tokens=random.choice([1, 3, 8, 24, 60]),
         max_model_len=max_model_len,
         reprefill_length=random.choice([None, random.randint(1, max_model_len)]),
-        max_in_flight=random.randint(1, 3),
+        max_in_flight=1 if lookahead else random.randint(1, 3),
+        lookahead=lookahead,
         prefix_caching=random.random() < 0.8,
         num_snapshots=random.choice([0, 1, 2, 9]),
         window=random.choice([None, None, random.randint(1, max_model_len)]),
@@ -70,7 +72,7 @@ def test_every_request_gets_the_tokens_of_its_solo_run(seed: int) -> None:
         if ingress.open and random.random() < trouble:
             ingress.abort(random.choice(sorted(ingress.open)))
         if random.random() < trouble / 4:
-            ingress.crash()
+            ingress.crash(keep_cache=random.random() < 0.5)
     work = 0
     while ingress.core.has_work:
         ingress.step()

@@ -11,7 +11,16 @@ import pytest
 
 from router.engine import EngineCore
 from router.limits import EngineLimits
-from router.step import Admit, Sampled, SamplingParams, StepPlan, StepResult, Token, Want
+from router.step import (
+    Admit,
+    Sampled,
+    SamplingParams,
+    StateOpKind,
+    StepPlan,
+    StepResult,
+    Token,
+    Want,
+)
 
 LIMITS = EngineLimits(
     block_size=16,
@@ -32,13 +41,14 @@ class Server:
     def __init__(self, **limits: int) -> None:
         self.core = EngineCore(replace(LIMITS, **limits))
         self.num_sequences = 0
+        self.epoch = 0
         self.plans: list[StepPlan] = []
 
     def admit(self, prompt: list[int], max_tokens: int, **fields: Any) -> int:
         self.num_sequences += 1
         admit = Admit(
             seq_id=self.num_sequences,
-            epoch=0,
+            epoch=self.epoch,
             prompt=tuple(prompt),
             sampling=SamplingParams(max_tokens=max_tokens),
             **fields,
@@ -64,7 +74,9 @@ class Server:
             for row in plan.scheduled
             if row.samples
         )
-        tokens = self.core.apply(StepResult(epoch=0, step_id=plan.step_id, sampled=sampled))
+        tokens = self.core.apply(
+            StepResult(epoch=self.epoch, step_id=plan.step_id, sampled=sampled)
+        )
         self.core.check_invariants()
         return tokens
 
@@ -168,3 +180,34 @@ def test_snapshots_give_way_too() -> None:
     assert server.cost(prompts[2]) == 16
     assert server.cost(prompts[0]) == 64
     assert server.core.load().used_snapshots == 2
+
+
+@BOTH
+def test_what_was_cached_outlives_an_epoch_if_the_stages_do(limits: dict[str, int]) -> None:
+    prompt = list(range(200))
+    for keep_cache, cost in ((True, 200 - 192), (False, 200)):
+        server = Server(**limits)
+        server.cost(prompt)
+        server.admit([*prompt[:100], *range(900, 1000)], max_tokens=9)
+        server.step()  # a sequence is alive, and a step is in flight that never returns
+        assert server.core.schedule() is not None
+        server.core.reset(1, keep_cache=keep_cache)
+        server.core.check_invariants()
+        load = server.core.load()
+        assert (load.used_blocks, load.used_slots, load.running) == (0, 0, 0)
+        server.epoch = 1
+        assert server.cost(prompt) == cost
+
+
+def test_a_snapshot_that_may_never_have_been_taken_is_forgotten() -> None:
+    prompt = list(range(40))
+    server = Server(**RECURRENT)
+    server.admit(prompt, max_tokens=4)
+    server.step()  # up to the mark at 32: its snapshot goes out with the next plan
+    plan = server.core.schedule()
+    assert plan is not None
+    assert [op.kind for op in plan.state_ops] == [StateOpKind.SNAPSHOT]
+    server.core.reset(1, keep_cache=True)
+    server.epoch = 1
+    assert server.core.load().used_snapshots == 0
+    assert server.cost(prompt) == 40

@@ -54,7 +54,9 @@ def test_chunks_carry_blocks_once_and_the_full_length() -> None:
     first = ScheduledSequence(
         seq_id=3, start=0, num_tokens=3, token_ids=(1, 2, 3), length=5, new_blocks=(7, 8)
     )
+    seq.num_in_flight = 1
     assert seq.next_chunk(3) == first
+    seq.landed(first)
     seq.num_computed = 3
     seq.blocks.append(6)
     last = ScheduledSequence(

@@ -18,15 +18,20 @@ LIMITS: dict[str, EngineLimits] = {
         max_num_seqs=16,
         max_num_batched_tokens=48,
         max_model_len=240,
-        max_in_flight=2,
         prefix_caching=True,
-        **more,  # type: ignore[arg-type]
+        **{"max_in_flight": 2, **more},  # type: ignore[arg-type]
     )
     for kind, more in {
         "attention": {"num_state_slots": 0},
         "long rope": {"num_state_slots": 0, "reprefill_length": 60},
         "window": {"num_state_slots": 0, "window": 30},
         "recurrent": {"num_state_slots": 12, "num_snapshots": 10},
+        "one stage": {
+            "num_state_slots": 12,
+            "num_snapshots": 10,
+            "max_in_flight": 1,
+            "lookahead": True,
+        },
     }.items()
 }
 

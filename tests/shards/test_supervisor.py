@@ -48,6 +48,10 @@ def group_spec(stages: int = 2, experts: int = 2, replicas: int = 1) -> GroupSpe
     )
 
 
+CACHES = ("engine", "stage")
+"""Workers with whom what is cached is lost."""
+
+
 class World:
     """Carries the supervisor's actions out: processes, connections, tables and epochs."""
 
@@ -61,6 +65,7 @@ class World:
         self.epochs: list[int] = []
         self.open = False
         self.engine_epoch = 0
+        self.memory: dict[str, str] = {}
         self.tables: dict[str, int] = {}
         self.gave_up = ""
         self.do(self.supervisor.start())
@@ -83,6 +88,9 @@ class World:
                         self.tables[peer] = control.table.version
                     if control.epoch is not None:
                         self.engine_epoch = control.epoch
+                        memory = {p: self.alive[p] for p in self.alive if p.startswith(CACHES)}
+                        assert control.keep_cache == (memory == self.memory)
+                        self.memory = memory
                     if control.ack is not None:
                         self.acks.append((peer, control.ack))
                 case Suspend():
