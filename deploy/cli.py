@@ -63,7 +63,7 @@ def serve(
         str | None, _option("--max-num-batched-tokens", help="Tokens per step.")
     ] = None,
     kv_cache_memory: Annotated[
-        str | None, _option("--kv-cache-memory", help="Such as 2GiB.")
+        str | None, _option("--kv-cache-memory", help="auto (measured), or such as 2GiB.")
     ] = None,
     block_size: Annotated[str | None, _option("--block-size", help="Tokens per KV block.")] = None,
     quantization: Annotated[

@@ -33,6 +33,14 @@ def parse_bytes(value: object) -> object:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
+def _cache_size(value: object) -> object:
+    """`auto` is as good as not given."""
+    try:
+        return None if value == "auto" else parse_bytes(value)
+    except ValueError:
+        raise ValueError("allowed values are auto and sizes such as 512MiB or 2GiB") from None
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -63,7 +71,7 @@ class ServeArgs(BaseModel):
     max_model_len: PositiveInt | None = None
     max_num_seqs: PositiveInt = 32
     max_num_batched_tokens: PositiveInt = 512
-    kv_cache_memory: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 2 * 1024**3
+    kv_cache_memory: Annotated[PositiveInt | None, BeforeValidator(_cache_size)] = None
     block_size: PositiveInt = 16
     quantization: Literal["none", "int8", "int8-all"] = "none"
     attention_backend: Annotated[

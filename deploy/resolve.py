@@ -12,7 +12,15 @@ from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.model_facts import ModelFacts, model_facts
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
-from shards.spec import GroupSpec
+from shards.cache_budget import (
+    contents,
+    fit_caches,
+    least_bytes,
+    most_caches,
+    size_text,
+    total_cost,
+)
+from shards.spec import CacheCost, GroupSpec
 
 if TYPE_CHECKING:
     from deploy.served_model import ServedModel
@@ -147,14 +155,17 @@ def _group_spec(
     local = executor == "local"
     stages = 1 if local else (args.stages or 1)
     dtype = config.dtype_name if args.dtype == "auto" else args.dtype
+    stage_layers = _stage_layers(config, stages, dtype)
+    costs = _cache_costs(args, config, dtype, stage_layers)
     return GroupSpec(
         model_path=str(folder),
         dtype=dtype,
         executor=executor,
         dispatch=args.dispatch,
-        stage_layers=_stage_layers(config, stages, dtype),
+        stage_layers=stage_layers,
         placement=None if local else _placement(args, config),
-        limits=_limits(args, config, dtype, stages, lookahead=not local and stages == 1),
+        limits=_limits(args, config, costs, lookahead=not local and stages == 1),
+        cache_costs=costs if args.kv_cache_memory is None else (),
         # The same on every topology: bits may depend on how many threads share an operation.
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
@@ -216,65 +227,59 @@ def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[i
         raise ConfigError(str(error)) from error
 
 
-def _limits(
-    args: ServeArgs, config: ModelConfig, dtype: str, stages: int, *, lookahead: bool
-) -> EngineLimits:
-    from shards.kv_cache import num_blocks_for, num_snapshots_for
+def _cache_costs(
+    args: ServeArgs, config: ModelConfig, dtype: str, stage_layers: IdRanges
+) -> tuple[CacheCost, ...]:
+    """What the layers of each stage remember."""
+    from shards.kv_cache import block_bytes, slot_bytes
 
+    size = itemsize(dtype)
+    return tuple(
+        CacheCost(
+            block_bytes=block_bytes(config, range(first, last), args.block_size, size),
+            state_bytes=slot_bytes(config, range(first, last), size),
+        )
+        for first, last in stage_layers
+    )
+
+
+def _limits(
+    args: ServeArgs, config: ModelConfig, costs: tuple[CacheCost, ...], *, lookahead: bool
+) -> EngineLimits:
+    """With kv_cache_memory whole; without it the caches are the largest that could be of use."""
     longest = config.max_position_embeddings
     max_model_len = args.max_model_len or min(longest, _DEFAULT_MAX_MODEL_LEN)
     if max_model_len > longest:
         raise ConfigError(f"max_model_len={max_model_len}: allowed values are 1..{longest}")
-    layers = range(config.num_layers)
-    recurrent = any(config.cache_shape(layer).kind == "state" for layer in layers)
-    slots = args.max_num_seqs if recurrent else 0
-    blocks_each = -(-max_model_len // args.block_size)
-    snapshots = 0
-    if args.enable_prefix_caching:
-        snapshots = num_snapshots_for(
-            args.kv_cache_memory,
-            config,
-            layers,
-            block_size=args.block_size,
-            itemsize=itemsize(dtype),
-            num_state_slots=slots,
-            least_blocks=blocks_each,
-        )
+    total = total_cost(costs)
     try:
-        num_blocks = num_blocks_for(
-            args.kv_cache_memory,
-            config,
-            layers,
-            block_size=args.block_size,
-            itemsize=itemsize(dtype),
-            num_state_rows=slots + snapshots,
-            max_blocks=args.max_num_seqs * blocks_each,
-        )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    if num_blocks < blocks_each:
-        raise ConfigError(
-            f"kv_cache_memory={args.kv_cache_memory}: it holds {num_blocks * args.block_size} "
-            f"tokens; allowed values hold one sequence of max_model_len={max_model_len}"
-        )
-    try:
-        return EngineLimits(
-            block_size=args.block_size,
-            num_blocks=num_blocks,
-            num_state_slots=slots,
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            reprefill_length=config.reprefill_length,
-            max_in_flight=stages,
-            # In one process planning and computing take turns.
-            lookahead=lookahead,
-            prefix_caching=args.enable_prefix_caching,
-            num_snapshots=snapshots,
-            window=config.sliding_window,
+        most = most_caches(
+            EngineLimits(
+                block_size=args.block_size,
+                num_blocks=1,
+                num_state_slots=args.max_num_seqs if total.state_bytes else 0,
+                max_num_seqs=args.max_num_seqs,
+                max_num_batched_tokens=args.max_num_batched_tokens,
+                max_model_len=max_model_len,
+                reprefill_length=config.reprefill_length,
+                max_in_flight=len(costs),
+                # In one process planning and computing take turns.
+                lookahead=lookahead,
+                prefix_caching=args.enable_prefix_caching,
+                window=config.sliding_window,
+            )
         )
     except ValueError as error:
         raise ConfigError(_one_sentence(error)) from error
+    budget, least = args.kv_cache_memory, least_bytes(most, total)
+    if budget is None:
+        return most
+    if budget < least:
+        raise ConfigError(
+            f"kv_cache_memory={budget}: allowed values are {least} ({size_text(least)}) or more, "
+            f"the size of {contents(most)}"
+        )
+    return fit_caches(most, [(total, budget)])
 
 
 def itemsize(dtype: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import signal
@@ -17,6 +18,7 @@ from types import FrameType
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
 from deploy.resolve import ResolvedArgs, num_cpus, resolve
+from shards.client import GroupFailed
 from shards.logs import log_to_stderr
 
 log = logging.getLogger("conclave.server")
@@ -81,6 +83,20 @@ class _FailureWatch:
             self._told = body
 
 
+def _print_caches(url: str, api_keys: tuple[str, ...]) -> None:
+    """Say how much the caches of a replica hold; it is not known before they are there."""
+    request = urllib.request.Request(f"{url}/v1/experts")
+    if api_keys:
+        request.add_header("Authorization", f"Bearer {api_keys[0]}")
+    try:
+        with urllib.request.urlopen(request, timeout=_WATCH_S) as response:
+            caches = json.load(response)["kv_cache"]
+    except OSError as error:
+        log.warning("the size of the caches cannot be asked for: %s", error)
+        return
+    print(f"conclave: {caches}", file=sys.stderr, flush=True)
+
+
 def _check_port(host: str, port: int) -> None:
     """Raises OSError at once where Serve would need half a minute to say so."""
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -120,7 +136,20 @@ def _run(resolved: ResolvedArgs) -> None:
         open_board(board),
         loading_shown(resolved.served_model_name, total, lambda: bytes_read(board)),
     ):
-        serve.run(application(resolved), name=name)
+        try:
+            serve.run(application(resolved), name=name)
+        except RuntimeError as error:
+            raise RuntimeError(_failure_of(name) or str(error)) from error
+
+
+def _failure_of(name: str) -> str:
+    """What the model instance of an application failed of; Serve's own error does not say it."""
+    from ray import serve
+
+    status = serve.status().applications.get(name)
+    messages = [each.message for each in status.deployments.values()] if status else []
+    found = re.search(rf"\b{GroupFailed.__name__}: (.+)", "\n".join(messages))
+    return found[1] if found else ""
 
 
 def serve_forever(args: ServeArgs, host: str, port: int) -> int:
@@ -150,8 +179,10 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
                 print(f"conclave: cannot serve: {error}", file=sys.stderr)
                 return 1
             signals.serving = True
-            print(f"ready on http://{host}:{port}", flush=True)
-            signals.wait(_FailureWatch(f"http://{host}:{port}/health"))
+            url = f"http://{host}:{port}"
+            _print_caches(url, resolved.api_keys)
+            print(f"ready on {url}", flush=True)
+            signals.wait(_FailureWatch(f"{url}/health"))
             _drain(application_name(resolved.served_model_name))
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED

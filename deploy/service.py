@@ -127,6 +127,7 @@ class ApiService:
             "routing_table_version": self._client.routing_table_version,
             "actors": [asdict(worker) for worker in self._client.workers()],
             "load": asdict(self._client.load),
+            "kv_cache": self._client.cache_summary,
         }
 
     def version(self) -> Json:

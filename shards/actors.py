@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 
 import ray
 
@@ -13,7 +12,7 @@ from shards.load_board import reporter
 from shards.load_progress import Report
 from shards.logs import log_to_stderr
 from shards.spec import WorkerSpec
-from shards.worker import RunsForever, make_worker
+from shards.worker import RunsForever, announce, make_worker
 
 log = logging.getLogger("conclave.actors")
 
@@ -35,12 +34,7 @@ class _Shell:
         host = ray.util.get_node_ip_address() if across_nodes else None
         transport = SocketTransport(self._spec.peer, self._spec.group.secret, tcp_host=host)
         self._worker = make_worker(self._spec, transport, self._reporter())
-        return Started(
-            address=transport.address,
-            pid=os.getpid(),
-            node_id=self.node_id(),
-            bytes_read=self._worker.bytes_read,
-        )
+        return announce(self._worker, self._spec, self.node_id())
 
     def _reporter(self) -> Report | None:
         name = ray.get_runtime_context().get_actor_name()

@@ -82,6 +82,10 @@ class ModelClient(Protocol):
     @property
     def routing_table_version(self) -> int: ...
 
+    @property
+    def cache_summary(self) -> str:
+        """How much the caches hold, and what decided it."""
+
     def generate(
         self,
         prompt: tuple[int, ...],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from router.limits import EngineLimits
 from router.placement import RoutingTable
 
 INGRESS = "ingress-0"
@@ -22,11 +23,13 @@ class PeerAddress:
 class Control:
     """Applied in this order: dial `connect`, take `table`, begin `epoch`, answer `ack`, end.
 
-    `coming_epoch` comes before all: steps of earlier epochs must not use the new connections.
+    `coming_epoch` comes before all: steps of earlier epochs must not use the new connections. Then
+    `limits`, always the same: whoever has no caches yet makes them.
     `keep_cache` goes with `epoch`: the stages' memory is as the last epoch left it.
     """
 
     coming_epoch: int = 0
+    limits: EngineLimits | None = None
     connect: tuple[PeerAddress, ...] = ()
     table: RoutingTable | None = None
     epoch: int | None = None
@@ -43,6 +46,8 @@ class Started:
     pid: int
     node_id: str
     bytes_read: int = 0
+    free_bytes: int | None = None
+    """Memory that its node has left then; None when nobody asked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

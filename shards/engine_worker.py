@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 from router.codec import decode, encode, frame_with_rows, read_with_rows
 from router.engine import EngineCore, Executor
+from router.limits import EngineLimits
 from router.step import (
     Abort,
     Admit,
@@ -53,17 +55,35 @@ class EngineWorker(Worker):
     """Owns the EngineCore of one model instance and reports one TokenBatch per turn."""
 
     def __init__(
-        self, spec: WorkerSpec, transport: Transport, core: EngineCore, executor: Executor
+        self,
+        spec: WorkerSpec,
+        transport: Transport,
+        make_core: Callable[[EngineLimits], EngineCore],
+        executor: Executor,
     ) -> None:
         super().__init__(spec, transport)
-        self._core = core
+        self._make_core = make_core
+        self._made: EngineCore | None = None
         self._executor = executor
         self._epoch = 0
         self._refusals: list[Refusal] = []
         self._told = EngineLoad()
 
+    @property
+    def _core(self) -> EngineCore:
+        assert self._made is not None, "an epoch begins only after the limits have come"
+        return self._made
+
+    def on_limits(self, limits: EngineLimits) -> None:
+        """Plan for caches of this size."""
+        if self._made is None:
+            self._made = self._make_core(limits)
+
     def advance(self) -> None:
         """Drain what has arrived, apply results, keep the pipeline full, report."""
+        if self._made is None:
+            super().advance()
+            return
         runs_here = not isinstance(self._executor, PipelineExecutor)
         event = self.transport.recv(0.0 if runs_here and self._core.num_in_flight else None)
         while event is not None:
@@ -137,14 +157,17 @@ class EngineWorker(Worker):
 
 def make_engine_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> EngineWorker:
     """The engine of a group, with the whole model inside when the executor is local."""
-    limits = spec.group.limits
-    core = EngineCore(limits)
     if spec.group.executor == "pipeline":
-        executor: Executor = PipelineExecutor(transport, limits.num_steps)
-        return EngineWorker(spec, transport, core, executor)
+        executor: Executor = PipelineExecutor(transport, spec.group.limits.num_steps)
+        return EngineWorker(spec, transport, EngineCore, executor)
     from shards.local_executor import load_local_executor
 
     local = load_local_executor(spec.group, on_read)
-    worker = EngineWorker(spec, transport, core, local)
+
+    def make_core(limits: EngineLimits) -> EngineCore:
+        local.allocate(limits)
+        return EngineCore(limits)
+
+    worker = EngineWorker(spec, transport, make_core, local)
     worker.bytes_read = local.bytes_read
     return worker

@@ -117,6 +117,11 @@ class ModelGroup:
         """Version of the routing table last published."""
         return self._supervisor.table_version
 
+    @property
+    def cache_summary(self) -> str:
+        """How much the caches hold, and what decided it; empty before that is known."""
+        return str(self._supervisor.caches or "")
+
     def workers(self) -> tuple[WorkerStatus, ...]:
         """The actor map."""
         return self._supervisor.workers()
@@ -258,6 +263,7 @@ class ModelGroup:
                 case Suspend():
                     self._journal.suspend()
                 case BeginEpoch(epoch):
+                    log.info("%s", self.cache_summary)
                     log.info("epoch %d begins with %d live sequences", epoch, len(self._journal))
                     for admit in self._journal.begin(epoch):
                         self._send(ENGINE, Frame(Header(kind=FrameKind.ADMIT), encode(admit)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterable, Sequence
 from math import prod
 
@@ -29,17 +30,23 @@ def allocate_caches(
     def allocate(shape: CacheShape) -> LayerCache:
         if shape.kind == "kv":
             size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
-            return KVCache(
-                torch.zeros(size, dtype=dtype, device=device),
-                torch.zeros(size, dtype=dtype, device=device),
-            )
+            return KVCache(_zeros(size, dtype, device), _zeros(size, dtype, device))
         rows = num_state_rows
         return StateCache(
-            torch.zeros((rows, *shape.conv_shape), dtype=dtype, device=device),
-            torch.zeros((rows, *shape.ssm_shape), dtype=torch.float32, device=device),
+            _zeros((rows, *shape.conv_shape), dtype, device),
+            _zeros((rows, *shape.ssm_shape), torch.float32, device),
         )
 
     return tuple(allocate(config.cache_shape(layer)) for layer in layers)
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> torch.Tensor:
+    num_bytes = prod(size) * dtype.itemsize
+    if not num_bytes or torch.device(device).type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # torch.zeros would write every page.
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=dtype).view(size)
 
 
 def apply_state_ops(caches: Sequence[LayerCache], ops: Iterable[StateOp]) -> None:
@@ -64,49 +71,3 @@ def slot_bytes(config: ModelConfig, layers: Iterable[int], itemsize: int) -> int
     """Bytes that one recurrent-state slot takes over `layers`; 0 when none is recurrent."""
     shapes = (config.cache_shape(layer) for layer in layers)
     return sum(prod(s.conv_shape) * itemsize + prod(s.ssm_shape) * _SSM_ITEMSIZE for s in shapes)
-
-
-def num_snapshots_for(
-    budget: int,
-    config: ModelConfig,
-    layers: Sequence[int],
-    *,
-    block_size: int,
-    itemsize: int,
-    num_state_slots: int,
-    least_blocks: int,
-) -> int:
-    """Snapshots of recurrent states to keep: four per running sequence, in a quarter of `budget`
-    at most, and only in what the slots and `least_blocks` KV blocks leave."""
-    per_slot = slot_bytes(config, layers, itemsize)
-    if not per_slot:
-        return 0
-    needed = num_state_slots * per_slot
-    needed += least_blocks * block_bytes(config, layers, block_size, itemsize)
-    return max(0, min(4 * num_state_slots, min(budget // 4, budget - needed) // per_slot))
-
-
-def num_blocks_for(
-    budget: int,
-    config: ModelConfig,
-    layers: Sequence[int],
-    *,
-    block_size: int,
-    itemsize: int,
-    num_state_rows: int,
-    max_blocks: int,
-) -> int:
-    """KV blocks that fit into `budget` bytes beside the states, never more than `max_blocks`.
-
-    `max_blocks` is what the greatest load could fill (sequences times blocks of the longest one).
-    Raises ValueError when not even one block fits.
-    """
-    states = num_state_rows * slot_bytes(config, layers, itemsize)
-    per_block = block_bytes(config, layers, block_size, itemsize)
-    if budget < states + per_block:
-        raise ValueError(
-            f"kv_cache_memory={budget}: at least {states + per_block} bytes are needed for "
-            f"{num_state_rows} recurrent states ({states} bytes) and one block of {block_size} "
-            "tokens"
-        )
-    return min(max_blocks, (budget - states) // per_block) if per_block else max_blocks

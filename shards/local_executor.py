@@ -27,7 +27,8 @@ from shards.verify import verify
 class LocalExecutor:
     """Runs every plan on one runner over all layers, in the caller's thread, during `poll`.
 
-    Raises CheckpointError when the checkpoint does not hold exactly this model.
+    Without `limits` it is of use only after `allocate`. Raises CheckpointError when the checkpoint
+    does not hold exactly this model.
     """
 
     max_in_flight = 1
@@ -37,7 +38,7 @@ class LocalExecutor:
         config: ModelConfig,
         model_path: Path | str,
         dtype: torch.dtype,
-        limits: EngineLimits,
+        limits: EngineLimits | None,
         on_read: OnRead | None = None,
         *,
         quantization: str = "none",
@@ -46,33 +47,45 @@ class LocalExecutor:
         checkpoint = Checkpoint(model_path, on_read)
         config = config.with_tensors(checkpoint.names)
         verify(config, checkpoint)
-        num_layers = config.num_layers
         every = range(config.num_experts)
-        self._runner = ModelRunner(
-            config,
-            load_stage(config, checkpoint, 0, num_layers, dtype, quantization=quantization),
-            0,
-            num_layers,
-            allocate_caches(
-                config,
-                range(num_layers),
-                num_blocks=limits.num_blocks,
-                block_size=limits.block_size,
-                num_state_rows=limits.num_state_rows,
-                dtype=dtype,
-            ),
-            LocalExpertBackend(
-                load_experts(config, checkpoint, every, dtype, quantization=quantization),
-                config.num_experts,
-            ),
-            block_size=limits.block_size,
-            dtype=dtype,
-            num_micro_batches=1,  # nothing to overlap: the experts run in this thread
-            unused_ids=unused_ids,
+        self._config = config
+        self._dtype = dtype
+        self._unused_ids = unused_ids
+        self._stage = load_stage(
+            config, checkpoint, 0, config.num_layers, dtype, quantization=quantization
+        )
+        self._experts = LocalExpertBackend(
+            load_experts(config, checkpoint, every, dtype, quantization=quantization),
+            config.num_experts,
         )
         self._epoch: int | None = None
         self._plans: deque[StepPlan] = deque()
         self.bytes_read = checkpoint.bytes_read
+        if limits is not None:
+            self.allocate(limits)
+
+    def allocate(self, limits: EngineLimits) -> None:
+        """Make the caches that plans within `limits` use."""
+        num_layers = self._config.num_layers
+        self._runner = ModelRunner(
+            self._config,
+            self._stage,
+            0,
+            num_layers,
+            allocate_caches(
+                self._config,
+                range(num_layers),
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                num_state_rows=limits.num_state_rows,
+                dtype=self._dtype,
+            ),
+            self._experts,
+            block_size=limits.block_size,
+            dtype=self._dtype,
+            num_micro_batches=1,  # nothing to overlap: the experts run in this thread
+            unused_ids=self._unused_ids,
+        )
 
     def submit(self, plan: StepPlan) -> None:
         """Queue a plan; the first one of a new epoch makes the runner forget everything."""
@@ -92,14 +105,14 @@ class LocalExecutor:
 
 
 def load_local_executor(group: GroupSpec, on_read: OnRead | None = None) -> LocalExecutor:
-    """The local executor of a group as its spec describes it."""
+    """The local executor of a group as its spec describes it, still without caches."""
     use_threads(group.threads)
     config = load_config(Path(group.model_path))
     return LocalExecutor(
         config,
         group.model_path,
         dtype_of(group.dtype),
-        group.limits,
+        None,
         on_read,
         quantization=group.quantization,
         unused_ids=group.unused_token_ids,

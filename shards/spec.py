@@ -19,6 +19,14 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CacheCost:
+    """What some layers remember, in bytes: of one KV block, and of one recurrent state."""
+
+    block_bytes: int
+    state_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
     """One model instance as the user asked for it, every default already resolved.
 
@@ -34,12 +42,15 @@ class GroupSpec:
     placement: Placement | None
     """Which expert worker holds which experts; None without expert workers."""
     limits: EngineLimits
+    """What the engine may use; with `cache_costs` the most that its caches may be."""
     threads: int
     secret: str
     quantization: str = "none"
     """none, int8 or int8-all, whether quantised at load or in the files."""
     unused_token_ids: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of vocabulary rows that no token owns: never sampled."""
+    cache_costs: tuple[CacheCost, ...] = ()
+    """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""
 
     @property
     def num_expert_shards(self) -> int:
@@ -60,3 +71,17 @@ class WorkerSpec:
     def peer(self) -> str:
         """The worker's name on the transport."""
         return f"{self.role}-{self.index}"
+
+
+def worker_specs(spec: GroupSpec) -> tuple[WorkerSpec, ...]:
+    """Every worker of a group: just the engine for the local executor."""
+    roles = [(Role.ENGINE, 1)]
+    if spec.executor == "pipeline":
+        roles += [(Role.STAGE, len(spec.stage_layers)), (Role.EXPERT, spec.num_expert_shards)]
+        if spec.num_expert_shards:
+            roles.append((Role.DISPATCHER, 1))
+    return tuple(
+        WorkerSpec(group=spec, role=role, index=index)
+        for role, count in roles
+        for index in range(count)
+    )

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
 from router.codec import decode, frame_with_rows, read_rows_buffer, rows_buffer
+from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.step import StepPlan, StepResult
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from router.transport.tensors import tensor_buffer, torch_dtype, wire_dtype
 from shards.control import WorkerEvent
+from shards.expert_backend import ExpertBackend
 from shards.load_progress import OnRead
 from shards.model_runner import ModelRunner, StageOutput
 from shards.moe_wire import MoeShape, read_rows
@@ -27,8 +30,16 @@ log = logging.getLogger("conclave.stage")
 class StageWorker(Worker):
     """Runs plans in the order they arrive; a broken exchange ends the epoch, never the process."""
 
-    def __init__(self, spec: WorkerSpec, transport: Transport, shape: MoeShape) -> None:
+    def __init__(
+        self,
+        spec: WorkerSpec,
+        transport: Transport,
+        shape: MoeShape,
+        make_runner: Callable[[EngineLimits, ExpertBackend], ModelRunner],
+    ) -> None:
         super().__init__(spec, transport)
+        self._make_runner = make_runner
+        self._runner: ModelRunner | None = None
         self._backlog: deque[Frame] = deque()
         self._epoch = 0
         self._newest_epoch = 0
@@ -38,7 +49,6 @@ class StageWorker(Worker):
         self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
         is_last = spec.index == len(spec.group.stage_layers) - 1
         self._next = f"{Role.ENGINE}-0" if is_last else f"{Role.STAGE}-{spec.index + 1}"
-        self.runner: ModelRunner | None = None
 
     @property
     def backend(self) -> ActorBackend | DirectBackend:
@@ -68,6 +78,11 @@ class StageWorker(Worker):
                 self._links.set_table(decode(RoutingTable, frame.meta))
             case _:
                 super().on_frame(peer, frame)
+
+    def on_limits(self, limits: EngineLimits) -> None:
+        """Allocate the caches; those that are there already have this size."""
+        if self._runner is None:
+            self._runner = self._make_runner(limits, self.backend)
 
     def on_coming_epoch(self, epoch: int) -> None:
         """Steps in hand or in the backlog of earlier epochs are stale from here on."""
@@ -106,15 +121,15 @@ class StageWorker(Worker):
         epoch = frame.header.epoch
         if epoch < self._newest_epoch or epoch <= self._lost_epoch:
             return
-        assert self.runner is not None
+        assert self._runner is not None
         if epoch > self._epoch:
             self._epoch = epoch
-            self.runner.reset()
+            self._runner.reset()
             self._actor.forget()
             self._links.dispatcher.drop_before(epoch)
         try:
             plan = decode(StepPlan, frame.meta)
-            done = self.runner.execute(plan, self._hidden(frame))
+            done = self._runner.execute(plan, self._hidden(frame))
             self._check_step()
             self._pass_on(frame, done)
         except (StepLost, PeerLost) as error:
@@ -143,7 +158,7 @@ class StageWorker(Worker):
 
 
 def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> StageWorker:
-    """Load one stage's layers, allocate its caches and wire it to the experts."""
+    """Load one stage's layers; its caches and its wires to the experts come with the limits."""
     from shards.checkpoint import open_model
     from shards.kv_cache import allocate_caches
     from shards.loading import load_stage
@@ -156,24 +171,28 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -
     dtype = dtype_of(group.dtype)
     quantization = group.quantization
     stage = load_stage(config, checkpoint, first, last, dtype, quantization=quantization)
-    worker = StageWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))
-    worker.bytes_read = checkpoint.bytes_read
-    worker.runner = ModelRunner(
-        config,
-        stage,
-        first,
-        last,
-        allocate_caches(
+
+    def make_runner(limits: EngineLimits, backend: ExpertBackend) -> ModelRunner:
+        return ModelRunner(
             config,
-            range(first, last),
-            num_blocks=group.limits.num_blocks,
-            block_size=group.limits.block_size,
-            num_state_rows=group.limits.num_state_rows,
+            stage,
+            first,
+            last,
+            allocate_caches(
+                config,
+                range(first, last),
+                num_blocks=limits.num_blocks,
+                block_size=limits.block_size,
+                num_state_rows=limits.num_state_rows,
+                dtype=dtype,
+            ),
+            backend,
+            block_size=limits.block_size,
             dtype=dtype,
-        ),
-        worker.backend,
-        block_size=group.limits.block_size,
-        dtype=dtype,
-        unused_ids=group.unused_token_ids,
-    )
+            unused_ids=group.unused_token_ids,
+        )
+
+    shape = MoeShape(config.hidden_size, config.top_k)
+    worker = StageWorker(spec, transport, shape, make_runner)
+    worker.bytes_read = checkpoint.bytes_read
     return worker

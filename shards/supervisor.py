@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from router.placement import RoutingTable, ShardAddress
+from shards.cache_budget import CachePlan, plan_caches
 from shards.client import GroupState, WorkerStatus
 from shards.control import Control, PeerAddress, Started
-from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
 
 MAX_DEATHS = 8
 DEATH_WINDOW_S = 60.0
@@ -76,20 +77,6 @@ class _Member:
     started: Started | None = None
 
 
-def worker_specs(spec: GroupSpec) -> tuple[WorkerSpec, ...]:
-    """Every worker of a group: just the engine for the local executor."""
-    roles = [(Role.ENGINE, 1)]
-    if spec.executor == "pipeline":
-        roles += [(Role.STAGE, len(spec.stage_layers)), (Role.EXPERT, spec.num_expert_shards)]
-        if spec.num_expert_shards:
-            roles.append((Role.DISPATCHER, 1))
-    return tuple(
-        WorkerSpec(group=spec, role=role, index=index)
-        for role, count in roles
-        for index in range(count)
-    )
-
-
 class Supervisor:
     """Events in, actions out."""
 
@@ -104,6 +91,8 @@ class Supervisor:
         self._round = 0
         self._awaiting: set[str] = set()
         self.table_version = 0
+        self.caches: CachePlan | None = None
+        """Decided when everyone has loaded for the first time, and never again."""
         self.state = GroupState.STARTING
 
     def start(self) -> list[Action]:
@@ -143,8 +132,7 @@ class Supervisor:
         if not self._epoch_open or epoch != self._epoch:
             return []
         if self._fails_too_often("steps", now):
-            self.state = GroupState.FAILED
-            return [GiveUp("steps keep being lost although every worker is alive")]
+            return self._give_up("steps keep being lost although every worker is alive")
         actions = self._end_epoch() + self._connect_everyone()
         self._refresh_state()
         return actions
@@ -157,8 +145,7 @@ class Supervisor:
         if self.state in (GroupState.FAILED, GroupState.STOPPED) or member.spec != spec:
             return []
         if self._fails_too_often(spec.peer, now) or fatal:
-            self.state = GroupState.FAILED
-            return [GiveUp(f"{spec.peer}: {reason}")]
+            return self._give_up(f"{spec.peer}: {reason}")
         member.spec = replace(spec, incarnation=spec.incarnation + 1)
         member.started = None
         actions: list[Action] = []
@@ -182,11 +169,18 @@ class Supervisor:
     def stop(self) -> list[Action]:
         """Tell every live worker to end."""
         self.state = GroupState.STOPPED
-        return [Tell(peer, Control(shutdown=True)) for peer in self._live()]
+        return self._end_workers()
 
     def workers(self) -> tuple[WorkerStatus, ...]:
         """The actor map."""
         return tuple(self._status(m) for m in self._members.values())
+
+    def _give_up(self, reason: str) -> list[Action]:
+        self.state = GroupState.FAILED
+        return [*self._end_workers(), GiveUp(reason)]
+
+    def _end_workers(self) -> list[Action]:
+        return [Tell(peer, Control(shutdown=True)) for peer in self._live()]
 
     def _live(self, *roles: Role) -> list[str]:
         return [
@@ -220,6 +214,12 @@ class Supervisor:
         # A missing expert holds back only the first epoch: later its tokens wait in the dispatcher.
         if any(self._epoch == 0 or m.spec.role is not Role.EXPERT for m in missing):
             return []
+        if self.caches is None:
+            loaded = {p: m.started for p, m in self._members.items() if m.started is not None}
+            try:
+                self.caches = plan_caches(self._spec, loaded)
+            except ValueError as error:
+                return self._give_up(str(error))
         self._round += 1
         dialers = self._live(Role.ENGINE, Role.STAGE)
         self._awaiting = set(dialers)
@@ -228,6 +228,7 @@ class Supervisor:
                 peer,
                 Control(
                     coming_epoch=self._epoch + 1,
+                    limits=self.caches.limits,
                     connect=tuple(self._targets(self._members[peer].spec)),
                     ack=self._round,
                 ),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Protocol
 
 from router.codec import decode, encode
+from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
-from shards.control import INGRESS, Control, WorkerEvent
+from shards.control import INGRESS, Control, Started, WorkerEvent
 from shards.load_progress import LoadProgress, OnRead, Report
 from shards.malloc import large_blocks_apart
+from shards.memory import free_bytes
 from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.worker")
@@ -73,6 +76,8 @@ class Worker:
 
     def _on_control(self, control: Control) -> None:
         self.on_coming_epoch(control.coming_epoch)
+        if control.limits is not None:
+            self.on_limits(control.limits)
         for target in control.connect:
             try:
                 self.transport.connect(target.peer, target.address)
@@ -107,6 +112,9 @@ class Worker:
     def on_coming_epoch(self, epoch: int) -> None:
         """Epochs before this one are over; 0 says nothing."""
 
+    def on_limits(self, limits: EngineLimits) -> None:
+        """How large caches are, before the first epoch and, unchanged, before every later one."""
+
     def on_connected(self, peer: str) -> None:
         """A peer has just been dialled."""
 
@@ -126,6 +134,25 @@ def make_worker(
         worker = _make_worker(spec, transport, progress.on_read)
     progress.finish()
     return worker
+
+
+def announce(worker: RunsForever, spec: WorkerSpec, node_id: str = "") -> Started:
+    """What a worker that has loaded says of itself. Raises ValueError if it cannot be measured."""
+    free = None
+    if spec.group.cache_costs:
+        try:
+            free = free_bytes()
+        except ValueError as error:
+            raise ValueError(
+                f"kv_cache_memory=auto: {error}; allowed values are sizes such as 2GiB here"
+            ) from error
+    return Started(
+        address=worker.transport.address,
+        pid=os.getpid(),
+        node_id=node_id,
+        bytes_read=worker.bytes_read,
+        free_bytes=free,
+    )
 
 
 def _make_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> RunsForever:

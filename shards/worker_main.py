@@ -9,10 +9,9 @@ import threading
 
 from router.codec import decode, encode
 from router.transport.sockets import SocketTransport
-from shards.control import Started
 from shards.spec import WorkerSpec
 from shards.subprocess_launcher import FATAL_EXIT
-from shards.worker import make_worker
+from shards.worker import announce, make_worker
 
 
 def _die_with_parent() -> None:
@@ -32,12 +31,10 @@ def main() -> int:
     transport = SocketTransport(spec.peer, spec.group.secret)
     try:
         worker = make_worker(spec, transport)
+        started = announce(worker, spec)
     except ValueError as error:
         print(f"{spec.peer}: {error}", file=sys.stderr)
         return FATAL_EXIT
-    started = Started(
-        address=transport.address, pid=os.getpid(), node_id="", bytes_read=worker.bytes_read
-    )
     sys.stdout.buffer.write(encode(started))
     sys.stdout.buffer.flush()
     # End of file on standard output is what tells the parent that the line is whole.

@@ -18,11 +18,11 @@ from router.step import SamplingParams
 from router.transport.base import Transport
 from router.transport.sockets import SocketTransport
 from shards.client import GroupState
-from shards.control import INGRESS, Started
+from shards.control import INGRESS
 from shards.group import ModelGroup, WorkerEvents
 from shards.spec import WorkerSpec
 from shards.subprocess_launcher import SubprocessLauncher
-from shards.worker import RunsForever, make_worker
+from shards.worker import RunsForever, announce, make_worker
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,7 @@ class ThreadLauncher:
     def _run(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         transport = SocketTransport(spec.peer, spec.group.secret)
         worker = self._make(spec, transport)
-        started = Started(address=transport.address, pid=os.getpid(), node_id="")
-        events.started(spec, started)
+        events.started(spec, announce(worker, spec))
         worker.run()
 
     def discard(self, spec: WorkerSpec) -> None:

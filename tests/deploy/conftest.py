@@ -89,6 +89,7 @@ class ScriptedClient:
     failure: str = ""
     load: EngineLoad = field(default_factory=EngineLoad)
     routing_table_version: int = 3
+    cache_summary: str = "the KV cache holds 64 tokens"
     streams: list[ScriptedStream] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     _ids: itertools.count[int] = field(default_factory=itertools.count)

@@ -14,7 +14,7 @@ from deploy.config import ConfigError, parse_args
 from deploy.demo import nano_checkpoint
 from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
 from shards.ray_launcher import bundle_index
-from shards.supervisor import worker_specs
+from shards.spec import worker_specs
 
 
 def resolved(**options: Any) -> ResolvedArgs:
@@ -46,7 +46,9 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"mamba_backend": "mamba_ssm"}, ["mamba_backend=mamba_ssm", "CPUs only", "torch"]),
         ({"max_model_len": 513}, ["max_model_len=513", "1..512"]),
         ({"kv_cache_memory": "2 parsecs"}, ["kv_cache_memory", "2GiB"]),
-        ({"kv_cache_memory": "1KiB"}, ["kv_cache_memory=1024"]),
+        ({"kv_cache_memory": "1KiB"}, ["kv_cache_memory=1024", "max_model_len=512", " or more"]),
+        ({"kv_cache_memory": 0}, ["kv_cache_memory=0", "1 or more"]),
+        ({"kv_cache_memory": "most"}, ["kv_cache_memory='most'", "auto", "2GiB"]),
         ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas=2", "3"]),
         ({"cpus_per_actor": 0}, ["cpus_per_actor"]),
         ({"api_key": [""]}, ["api_key"]),
@@ -68,6 +70,7 @@ def test_strings_mean_the_same_as_values() -> None:
     text = parse_args({"model": "m", "stages": "2", "kv_cache_memory": "1GiB", "api_key": "k"})
     assert typed == text
     assert parse_args({"model": "m", "kv_cache_memory": "1.5 kB"}).kv_cache_memory == 1500
+    assert parse_args({"model": "m", "kv_cache_memory": "auto"}) == parse_args({"model": "m"})
 
 
 def test_transformers_names_of_attention_are_ours() -> None:
@@ -125,8 +128,27 @@ def test_defaults_come_from_the_checkpoint() -> None:
 
 
 def test_kv_cache_holds_no_more_than_can_be_used() -> None:
-    limits = resolved(max_num_seqs=4, max_model_len=100).spec.limits
-    assert limits.num_blocks == 4 * 7
+    for size in ("auto", "1GiB"):
+        spec = resolved(max_num_seqs=4, max_model_len=100, kv_cache_memory=size).spec
+        assert (spec.limits.num_blocks, spec.limits.num_snapshots) == (4 * 7, 4 * 4)
+        assert bool(spec.cache_costs) == (size == "auto")
+
+
+def test_a_given_size_counts_over_all_stages() -> None:
+    # nano-jamba's one attention layer keeps 2 heads of 16 float32 elements of keys and values;
+    # each of its 7 others has 128 channels of 3 + 16.
+    block, state = 2 * 16 * 2 * 16 * 4, 7 * 128 * 19 * 4
+    least = 4 * state + 7 * block
+    few: dict[str, Any] = {"max_num_seqs": 4, "max_model_len": 100}
+    for stages in (1, 3):
+        sized = resolved(**few, stages=stages, kv_cache_memory=least + 2 * block).spec
+        assert (sized.limits.num_blocks, sized.limits.num_snapshots) == (9, 0)
+        with pytest.raises(ConfigError, match=rf"allowed values are {least} \(.* or more"):
+            resolved(**few, stages=stages, kv_cache_memory=least - 1)
+        costs = resolved(**few, stages=stages).spec.cache_costs
+        assert len(costs) == stages
+        assert sum(cost.block_bytes for cost in costs) == block
+        assert sum(cost.state_bytes for cost in costs) == state
 
 
 def copy_of(name: str, target: Path) -> Path:

@@ -260,7 +260,11 @@ def test_the_bar_on_a_terminal() -> None:
     assert "loading nano-dbrx" in screen
     assert re.search(r"0\.0/6\.4 .*MiB", screen)
     assert re.search(r"6\.4/6\.4 .*MiB", screen)
-    assert screen.endswith("\x1b[2K"), "the bar's line is erased in the end"
+    bar, _, after = screen.rpartition("\x1b[2K")
+    assert "loading nano-dbrx" in bar, "the bar's line is erased in the end"
+    caches = "conclave: the KV cache holds 16,384 tokens in blocks of 16 (measured: "
+    assert after.startswith(caches), after
+    assert after.count("\n") == 1
 
 
 def _read_all(descriptor: int, into: list[bytes]) -> None:

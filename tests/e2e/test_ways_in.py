@@ -56,3 +56,15 @@ def test_usage_errors_exit_with_2_in_one_sentence() -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "stages=99" in done.stderr
+
+
+def test_too_little_memory_exits_with_1_and_the_reason() -> None:
+    command = [sys.executable, "-m", "deploy.cli", "serve", "nano-jamba", "--log-level", "error"]
+    command += ["--port", str(free_port()), "--max-num-seqs", "30000000"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    reason = "conclave: cannot serve: kv_cache_memory=auto: node "
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(reason)
+    assert "max_num_seqs=30000000 need" in last

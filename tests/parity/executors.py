@@ -195,4 +195,4 @@ def _make(spec: WorkerSpec, transport: Transport, engine: ScriptedEngine) -> Run
         return make_worker(spec, transport)
     engine.transport = transport
     executor = PipelineExecutor(transport, max_in_flight=1)
-    return EngineWorker(spec, transport, engine, executor)  # type: ignore[arg-type]
+    return EngineWorker(spec, transport, lambda limits: engine, executor)  # type: ignore[arg-type, return-value]

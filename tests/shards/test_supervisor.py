@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from router.engine import EngineLimits
 from router.placement import place_experts
 from shards.client import GroupState
 from shards.control import Started
-from shards.spec import GroupSpec, WorkerSpec
+from shards.spec import CacheCost, GroupSpec, WorkerSpec, worker_specs
 from shards.supervisor import (
     MAX_DEATHS,
     Action,
@@ -21,7 +22,6 @@ from shards.supervisor import (
     Supervisor,
     Suspend,
     Tell,
-    worker_specs,
 )
 
 LIMITS = EngineLimits(
@@ -34,7 +34,9 @@ LIMITS = EngineLimits(
 )
 
 
-def group_spec(stages: int = 2, experts: int = 2, replicas: int = 1) -> GroupSpec:
+def group_spec(
+    stages: int = 2, experts: int = 2, replicas: int = 1, *, measured: bool = False
+) -> GroupSpec:
     return GroupSpec(
         model_path="/nowhere",
         dtype="float32",
@@ -45,6 +47,9 @@ def group_spec(stages: int = 2, experts: int = 2, replicas: int = 1) -> GroupSpe
         limits=LIMITS,
         threads=1,
         secret="s",
+        cache_costs=tuple(CacheCost(block_bytes=1024, state_bytes=0) for _ in range(stages))
+        if measured
+        else (),
     )
 
 
@@ -67,6 +72,9 @@ class World:
         self.engine_epoch = 0
         self.memory: dict[str, str] = {}
         self.tables: dict[str, int] = {}
+        self.limits: dict[str, EngineLimits] = {}
+        self.decided: EngineLimits | None = None
+        self.free = 1 << 20
         self.gave_up = ""
         self.do(self.supervisor.start())
 
@@ -82,6 +90,10 @@ class World:
                 case Tell(peer, control):
                     if peer not in self.alive:
                         continue
+                    if control.shutdown:
+                        del self.alive[peer]
+                    if control.limits is not None:
+                        self.limits[peer] = control.limits
                     for target in control.connect:
                         self.dialled[peer, target.peer] = target.address
                     if control.table is not None:
@@ -102,6 +114,7 @@ class World:
                     self.open = True
                     self.epochs.append(epoch)
                     self.check_connections()
+                    self.check_limits()
                 case GiveUp(reason):
                     self.gave_up = reason
 
@@ -114,12 +127,19 @@ class World:
                 for target, address in dialled.items():
                     assert self.alive.get(target) == address, (spec.peer, target)
 
+    def check_limits(self) -> None:
+        """Engine and stages that live know the same limits, and they are those of all epochs."""
+        core = [peer for peer in self.alive if peer.startswith(("engine", "stage"))]
+        self.decided = self.decided or self.limits["engine-0"]
+        assert [self.limits.get(peer) for peer in core] == [self.decided] * len(core)
+
     def come_up(self, peer: str) -> None:
         spec = self.starting.pop(peer)
         address = f"{peer}@{spec.incarnation}"
         self.alive[peer] = address
         self.specs[peer] = spec
-        self.do(self.supervisor.on_started(spec, Started(address=address, pid=1, node_id="n")))
+        started = Started(address=address, pid=1, node_id="n", free_bytes=self.free)
+        self.do(self.supervisor.on_started(spec, started))
 
     def die(self, peer: str, now: float, fatal: bool = False) -> None:
         spec = self.specs[peer]
@@ -127,6 +147,7 @@ class World:
         for key in [k for k in self.dialled if k[0] == peer]:
             del self.dialled[key]
         self.acks = [(p, a) for p, a in self.acks if p != peer]
+        self.limits.pop(peer, None)
         self.do(self.supervisor.on_died(spec, "killed", now, fatal))
 
     def ack(self) -> None:
@@ -226,11 +247,43 @@ def test_a_lost_step_without_a_death_begins_a_new_epoch() -> None:
     assert world.open, "reports of an earlier epoch are stale"
 
 
+def test_measured_caches_are_decided_once_by_whoever_saw_least() -> None:
+    world = World(group_spec(measured=True))
+    for peer, free in {"stage-0": 1 << 20, "expert-1": 20 << 10}.items():
+        world.free = free
+        world.come_up(peer)
+    world.free = 1 << 20
+    world.settle()
+    # Half of 20 KiB for two stages of 1 KiB a block.
+    assert world.decided == replace(LIMITS, num_blocks=5)
+    world.die("stage-0", 0.0)
+    world.free = 1 << 10
+    world.settle()
+    assert world.epochs == [1, 2], "and check_limits has seen the same limits"
+
+
+def test_caches_that_hold_no_sequence_fail_the_group() -> None:
+    world = World(group_spec(measured=True))
+    world.free = 16 * 1024 - 1  # half of it for two stages with 4 blocks of 1 KiB each
+    world.settle()
+    assert world.supervisor.state is GroupState.FAILED
+    assert not world.epochs
+    for word in ("kv_cache_memory=auto", "node n", "16.0 KiB", "max_model_len=64", "8.0 KiB"):
+        assert word in world.gave_up
+    assert not world.alive, "workers that nobody needs are told to end"
+    world = World(group_spec(measured=True))
+    world.free = 16 * 1024
+    world.settle()
+    assert world.decided == replace(LIMITS, num_blocks=4)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_any_storm_of_deaths_heals(seed: int) -> None:
     rng = random.Random(seed)
-    world = World(group_spec(stages=3, experts=3, replicas=rng.choice([1, 2])))
+    measured = bool(seed % 2)
+    world = World(group_spec(stages=3, experts=3, replicas=rng.choice([1, 2]), measured=measured))
     for now in range(200):
+        world.free = rng.randrange(40 << 10, 1 << 20)
         choices = ["up"] * bool(world.starting) + ["ack"] * bool(world.acks)
         if world.alive and rng.random() < 0.1:
             # Far enough apart that the window never overflows.
@@ -243,6 +296,9 @@ def test_any_storm_of_deaths_heals(seed: int) -> None:
         assert not world.gave_up
     world.settle()
     assert world.open
+    assert world.decided is not None
+    # At least 20 KiB for three stages of 1 KiB a block.
+    assert world.decided.num_blocks >= 6 if measured else world.decided == LIMITS
     assert world.supervisor.state is GroupState.READY
     assert world.epochs == list(range(1, len(world.epochs) + 1))
     assert all(w.state == "alive" for w in world.supervisor.workers())
