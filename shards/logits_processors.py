@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,17 +12,20 @@ from router.step import SamplingParams
 IdRanges = tuple[tuple[int, int], ...]
 """Half-open ranges of token ids."""
 
-Row = NDArray[np.float32]
+Rows = NDArray[np.float32]
+"""[n, V]."""
 
 
 class TokenHistory:
-    """A sequence's tokens as penalties see them: which are in the prompt, how often each came."""
+    """A sequence's tokens as penalties see them: which there are, how often each was sampled."""
 
     def __init__(self, prompt: Sequence[int], emitted: Sequence[int]) -> None:
         self.prompt = prompt
         self.emitted = list(emitted)
-        self._in_prompt: NDArray[np.int64] | None = None
-        self._counts: Counter[int] | None = None
+        # Kept up to date from the first use on, for a long history is too much for every step.
+        self._slots: dict[int, int] | None = None
+        self._ids: NDArray[np.int64]
+        self._times: NDArray[np.float32]
 
     @property
     def last(self) -> int | None:
@@ -33,87 +35,144 @@ class TokenHistory:
     def append(self, token_id: int) -> None:
         """One more token was sampled."""
         self.emitted.append(token_id)
-        if self._counts is not None:
-            self._counts[token_id] += 1
+        if self._slots is not None:
+            self._count(self._slots, token_id)
 
     @property
-    def counts(self) -> Counter[int]:
-        """How often each token was sampled."""
-        if self._counts is None:
-            self._counts = Counter(self.emitted)
-        return self._counts
+    def seen(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The distinct tokens of prompt and answer, and how often each was sampled."""
+        if self._slots is None:
+            self._slots = {token_id: i for i, token_id in enumerate(dict.fromkeys(self.prompt))}
+            self._ids = np.array([*self._slots, 0], np.int64)
+            self._times = np.zeros(len(self._ids), np.float32)
+            for token_id in self.emitted:
+                self._count(self._slots, token_id)
+        return self._ids[: len(self._slots)], self._times[: len(self._slots)]
 
-    @property
-    def in_prompt(self) -> NDArray[np.int64]:
-        """The prompt's distinct tokens."""
-        if self._in_prompt is None:
-            self._in_prompt = np.unique(np.array(self.prompt, dtype=np.int64))
-        return self._in_prompt
+    def _count(self, slots: dict[int, int], token_id: int) -> None:
+        slot = slots.setdefault(token_id, len(slots))
+        if slot == len(self._ids):
+            self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+            self._times = np.concatenate([self._times, np.zeros_like(self._times)])
+        self._ids[slot] = token_id
+        self._times[slot] += 1
 
 
 def process(
-    logits: Row, sampling: SamplingParams, history: TokenHistory, unused_ids: IdRanges = ()
-) -> Row:
-    """Logits [V] to draw from; `logits` itself, untouched, where nothing is to be changed.
+    logits: Rows,
+    samplings: Sequence[SamplingParams],
+    histories: Sequence[TokenHistory],
+    unused_ids: IdRanges = (),
+) -> tuple[list[int], Rows]:
+    """The rows of `logits` that are to be changed, by index, and what to draw from there [k, V].
 
     What may not be drawn becomes -inf. Bans on words and early ends give way where they would
-    leave nothing.
+    leave nothing. `logits` stay as they are.
     """
-    row = _masked(logits, sampling, unused_ids)
-    banned = _banned(sampling, history, len(row))
-    if banned:
-        without = row.copy()
-        without[banned] = -np.inf
-        if without.max() > -np.inf:
-            row = without
-    if sampling.logit_bias:
-        row = _own(row, logits)
-        for token_id, bias in sampling.logit_bias:
-            row[token_id] += np.float32(bias)
-    return _penalised(row, logits, sampling, history)
+    asked = [
+        (i, sampling, history)
+        for i, (sampling, history) in enumerate(zip(samplings, histories, strict=True))
+        if unused_ids or _asks(sampling, history)
+    ]
+    changed = [i for i, _, _ in asked]
+    rows = logits[changed]
+    if changed:
+        own, past = [sampling for _, sampling, _ in asked], [history for _, _, history in asked]
+        _mask(rows, own, unused_ids)
+        _ban(rows, own, past)
+        _bias(rows, own)
+        _penalise(rows, own, past)
+    return changed, rows
 
 
-def _masked(logits: Row, sampling: SamplingParams, unused_ids: IdRanges) -> Row:
-    if sampling.allowed_token_ids:
-        row = np.full_like(logits, -np.inf)
-        allowed = list(sampling.allowed_token_ids)
-        row[allowed] = logits[allowed]
-        return row
-    if not unused_ids:
-        return logits
-    row = logits.copy()
-    for start, stop in unused_ids:
-        row[start:stop] = -np.inf
-    return row
+def _asks(sampling: SamplingParams, history: TokenHistory) -> bool:
+    num_emitted = len(history.emitted)
+    return bool(
+        sampling.allowed_token_ids
+        or sampling.bad_words
+        or sampling.logit_bias
+        or (sampling.stop_token_ids and num_emitted < sampling.min_tokens)
+        or _penalises(sampling, history)
+    )
 
 
-def _banned(sampling: SamplingParams, history: TokenHistory, vocab_size: int) -> list[int]:
-    """Tokens that would end the sequence too early, or complete a bad word."""
+def _mask(rows: Rows, samplings: Iterable[SamplingParams], unused_ids: IdRanges) -> None:
+    for row, sampling in zip(rows, samplings, strict=True):
+        if sampling.allowed_token_ids:
+            allowed = list(sampling.allowed_token_ids)
+            kept = row[allowed]
+            row[:] = -np.inf
+            row[allowed] = kept
+        else:
+            for start, stop in unused_ids:
+                row[start:stop] = -np.inf
+
+
+def _ban(
+    rows: Rows, samplings: Sequence[SamplingParams], histories: Sequence[TokenHistory]
+) -> None:
+    """Tokens that would end a sequence too early, or complete a bad word."""
+    at, token_ids = _pairs(
+        [
+            [t for t in _banned(sampling, history) if 0 <= t < rows.shape[1]]
+            for sampling, history in zip(samplings, histories, strict=True)
+        ]
+    )
+    before = rows[at, token_ids]
+    rows[at, token_ids] = -np.inf
+    with_bans = np.unique(at)
+    empty = with_bans[[rows[i].max() == -np.inf for i in with_bans]]
+    restored = np.isin(at, empty)
+    rows[at[restored], token_ids[restored]] = before[restored]
+
+
+def _banned(sampling: SamplingParams, history: TokenHistory) -> list[int]:
     emitted = history.emitted
     banned = list(sampling.stop_token_ids) if len(emitted) < sampling.min_tokens else []
     for *before, last in sampling.bad_words:
         if not before or emitted[-len(before) :] == before:
             banned.append(last)
-    return [token_id for token_id in banned if 0 <= token_id < vocab_size]
+    return banned
 
 
-def _penalised(row: Row, logits: Row, sampling: SamplingParams, history: TokenHistory) -> Row:
+def _bias(rows: Rows, samplings: Iterable[SamplingParams]) -> None:
+    biases = [sampling.logit_bias for sampling in samplings]
+    at, token_ids = _pairs([[token_id for token_id, _ in bias] for bias in biases])
+    values = np.array([value for bias in biases for _, value in bias], np.float32)
+    np.add.at(rows, (at, token_ids), values)  # one by one: an id may come twice
+
+
+def _penalise(
+    rows: Rows, samplings: Sequence[SamplingParams], histories: Sequence[TokenHistory]
+) -> None:
     """Repetition penalty (Keskar et al. 2019) on prompt and answer, the others on the answer."""
-    repetition = np.float32(sampling.repetition_penalty)
-    if repetition != 1.0:
-        row = _own(row, logits)
-        seen = np.union1d(history.in_prompt, np.fromiter(history.counts, np.int64))
-        values = row[seen]
-        row[seen] = np.where(values > 0, values / repetition, values * repetition)
-    if (sampling.frequency_penalty or sampling.presence_penalty) and history.counts:
-        row = _own(row, logits)
-        ids = np.fromiter(history.counts, np.int64)
-        times = np.fromiter(history.counts.values(), np.float32)
-        row[ids] -= np.float32(sampling.frequency_penalty) * times
-        row[ids] -= np.float32(sampling.presence_penalty)
-    return row
+    own = [i for i, s in enumerate(samplings) if _penalises(s, histories[i])]
+    if not own:
+        return
+    seen = [histories[i].seen for i in own]
+    lengths = [len(ids) for ids, _ in seen]
+
+    def each(values: Iterable[float]) -> NDArray[np.float32]:
+        return np.repeat(np.array(list(values), np.float32), lengths)
+
+    # Rows and ids apart, not one flat index: an id outside the vocabulary must not hit a neighbour.
+    at = np.repeat(own, lengths), np.concatenate([ids for ids, _ in seen])
+    times = np.concatenate([times for _, times in seen])
+    repetition = each(samplings[i].repetition_penalty for i in own)
+    values = rows[at]
+    values = np.where(values > 0, values / repetition, values * repetition)
+    values -= each(samplings[i].frequency_penalty for i in own) * times
+    values -= each(samplings[i].presence_penalty for i in own) * (times > 0)
+    rows[at] = values
 
 
-def _own(row: Row, logits: Row) -> Row:
-    """A row that may be written to."""
-    return row.copy() if row is logits else row
+def _penalises(sampling: SamplingParams, history: TokenHistory) -> bool:
+    if sampling.repetition_penalty != 1.0:
+        return True
+    return bool(sampling.frequency_penalty or sampling.presence_penalty) and bool(history.emitted)
+
+
+def _pairs(token_ids: Sequence[Sequence[int]]) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Row numbers and token ids, one of each for every id of every row."""
+    rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
+    return rows, np.array([t for ids in token_ids for t in ids], np.intp)

@@ -1,4 +1,8 @@
-"""From logits to tokens, one row at a time, so that a row never feels its neighbours."""
+"""From logits to tokens: every row of a step at once, and none of them feels its neighbours.
+
+Whatever is added up here is added in an order that depends on the row alone; the rest are exact
+operations (greatest, least, compare, count) and operations on single elements.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from router.step import NO_TOKEN, Sampled, SamplingParams
+from shards.draw import draw, uniform
 from shards.logits_processors import IdRanges, TokenHistory, process
 
-_FIRST_CANDIDATES = 1024
-_UINT64 = (1 << 64) - 1
+_NUM_LANE_TOKENS = 32
+
+Logprobs = tuple[float | None, tuple[tuple[int, float], ...]]
+"""That of the chosen token, and (id, log-probability) of the best ones."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +37,11 @@ class SampleRequest:
         """Index, among the emitted tokens, of the one to come."""
         return len(self.history.emitted)
 
+    @property
+    def number(self) -> float:
+        """The random number of the token to come."""
+        return uniform(self.sampling.seed, self.sampling.sample_idx, self.position)
+
 
 def sample(
     logits: Tensor, requests: Sequence[SampleRequest], unused_ids: IdRanges = ()
@@ -42,92 +54,98 @@ def sample(
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
-    # Row by row: torch picks kernels and thread splits by shape, and a row's bits must not
-    # depend on how many others came along.
+    raw = logits.to("cpu", torch.float32).contiguous()
+    token_ids = _choose(raw.numpy(), requests, unused_ids)
+    logprobs = _logprobs(raw, requests, token_ids)
     return [
-        _sample_row(row, request, unused_ids)
-        for row, request in zip(logits.to("cpu", torch.float32), requests, strict=True)
+        Sampled(seq_id=request.seq_id, token_id=token_id, logprob=own, top_logprobs=best)
+        for request, token_id, (own, best) in zip(
+            requests, token_ids.tolist(), logprobs, strict=True
+        )
     ]
 
 
-def uniform(seed: int, sample_idx: int, position: int) -> float:
-    """The one random number of a token, in [0, 1): Philox4x64 keyed (seed, sample), counted by
-    position, so that a resumed sequence draws what it would have drawn."""
-    philox = np.random.Philox(
-        key=np.array([seed & _UINT64, sample_idx & _UINT64], np.uint64),
-        counter=np.array([position, 0, 0, 0], np.uint64),
-    )
-    return float(int(philox.random_raw()) >> 11) * 2.0**-53
+def _choose(
+    raw: NDArray[np.float32], requests: Sequence[SampleRequest], unused_ids: IdRanges
+) -> NDArray[np.intp]:
+    """Token ids [n]: of the greatest allowed logit (the lowest of equals), or drawn."""
+    token_ids: NDArray[np.intp] = raw.argmax(axis=1)
+    greatest = _at(raw, token_ids)
+    # argmax finds NaN and inf, min finds NaN and -inf.
+    finite = np.isfinite(greatest) & np.isfinite(raw.min(axis=1))
+    samplings = [request.sampling for request in requests]
+    changed, rows = process(raw, samplings, [request.history for request in requests], unused_ids)
+    token_ids[changed] = rows.argmax(axis=1)
+    greatest[changed] = _at(rows, token_ids[changed])
+    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0 and finite[i]]
+    if drawn:
+        allowed = dict(zip(changed, rows, strict=True))
+        token_ids[drawn] = draw(
+            [allowed.get(i, raw[i]) for i in drawn],
+            greatest[drawn],
+            [samplings[i] for i in drawn],
+            [requests[i].number for i in drawn],
+        )
+    token_ids[~finite] = NO_TOKEN
+    return token_ids
 
 
-def _sample_row(row: Tensor, request: SampleRequest, unused_ids: IdRanges) -> Sampled:
-    sampling = request.sampling
-    if not np.isfinite(row.numpy()).all():
-        return Sampled(seq_id=request.seq_id, token_id=NO_TOKEN)
-    allowed = process(row.numpy(), sampling, request.history, unused_ids)
-    if sampling.temperature == 0:
-        token_id = int(allowed.argmax())
-    else:
-        number = uniform(sampling.seed, sampling.sample_idx, request.position)
-        token_id = _draw(allowed, sampling, number)
-    if sampling.logprobs is None:
-        return Sampled(seq_id=request.seq_id, token_id=token_id)
-    logprobs = torch.log_softmax(row[None], dim=-1)[0].numpy()
-    best = _descending(row.numpy(), min(sampling.logprobs, len(logprobs)))
-    return Sampled(
-        seq_id=request.seq_id,
-        token_id=token_id,
-        logprob=float(logprobs[token_id]),
-        top_logprobs=tuple((int(i), float(logprobs[i])) for i in best),
-    )
+def _logprobs(
+    raw: Tensor, requests: Sequence[SampleRequest], token_ids: NDArray[np.intp]
+) -> list[Logprobs]:
+    """One per row, empty where there is no token or nobody asked."""
+    found: list[Logprobs] = [(None, ())] * len(requests)
+    counts = {
+        i: request.sampling.logprobs
+        for i, request in enumerate(requests)
+        if request.sampling.logprobs is not None and token_ids[i] != NO_TOKEN
+    }
+    if not counts:
+        return found
+    asked = list(counts)
+    rows = raw if len(asked) == len(raw) else raw[asked]
+    logprobs = torch.log_softmax(rows, dim=-1).numpy()
+    chosen = _at(logprobs, token_ids[asked]).tolist()
+    ids = greatest_ids(rows.numpy(), max(counts.values()))
+    values = np.take_along_axis(logprobs, ids, axis=1)
+    for (i, count), own, *best in zip(
+        counts.items(), chosen, ids.tolist(), values.tolist(), strict=True
+    ):
+        found[i] = own, tuple(zip(*best, strict=True))[:count]
+    return found
 
 
-def _draw(logits: NDArray[np.float32], sampling: SamplingParams, number: float) -> int:
-    """Inverse CDF at `number` over the tokens that the filters keep.
-
-    The kept tokens are ordered by falling probability, equal ones by id; without top_k and top_p
-    nothing needs sorting and they are ordered by id.
-    """
-    scaled = logits.astype(np.float64)
-    with np.errstate(over="ignore"):  # a tiny temperature sends all but the maximum to -inf
-        weights = np.exp((scaled - scaled.max()) / sampling.temperature)
-    weights[weights < sampling.min_p] = 0.0  # the maximum weighs 1: min_p is relative to it
-    if 0 < sampling.top_k < len(weights):
-        order = _descending(weights, sampling.top_k)
-        kept = order[: _nucleus(weights[order], weights[order].sum(), sampling.top_p)]
-    elif sampling.top_p < 1.0:
-        kept = _top_p(weights, sampling.top_p)
-    else:
-        kept = np.arange(len(weights))
-    cumulative = weights[kept].cumsum()
-    chosen = int(cumulative.searchsorted(number * cumulative[-1], side="right"))
-    return int(kept[min(chosen, len(kept) - 1)])
-
-
-def _top_p(weights: NDArray[np.float64], top_p: float) -> NDArray[np.intp]:
-    # A nucleus is nearly always small: sort a short head first, all of it only if that falls
-    # short. The head of a sorted list is the same either way.
-    total = weights.sum()
-    order = _descending(weights, min(_FIRST_CANDIDATES, len(weights)))
-    if weights[order].cumsum()[-1] < top_p * total:
-        order = _descending(weights, len(weights))
-    return order[: _nucleus(weights[order], total, top_p)]
-
-
-def _nucleus(falling: NDArray[np.float64], total: np.float64, top_p: float) -> int:
-    """How many of the `falling` weights it takes to reach `top_p` of `total`; at least one."""
-    if top_p >= 1.0:
-        return len(falling)
-    return max(1, int(falling.cumsum().searchsorted(top_p * total, side="left")) + 1)
-
-
-def _descending(values: NDArray[np.float32] | NDArray[np.float64], count: int) -> NDArray[np.intp]:
-    """Ids of the `count` greatest values, greatest first, equal ones by rising id."""
+def greatest_ids(rows: NDArray[np.float32], count: int) -> NDArray[np.intp]:
+    """Ids [n, min(count, V)] of the greatest values of rows [n, V], equal ones by rising id."""
+    num_rows, size = rows.shape
+    count = min(count, size)
     if count == 0:
-        return np.empty(0, np.intp)
-    candidates = np.arange(len(values))
-    if count < len(values):
-        least = np.partition(values, len(values) - count)[len(values) - count]
-        candidates = np.flatnonzero(values >= least)
-    order: NDArray[np.intp] = candidates[np.argsort(-values[candidates], kind="stable")]
-    return order[:count]
+        return np.empty((num_rows, 0), np.intp)
+    bound = _bound(rows, count)
+    row, token_id = np.divmod(np.flatnonzero(rows >= bound[:, None]), size)
+    order = np.lexsort((-rows[row, token_id], row))  # stable: equal values stay in order of id
+    first = np.searchsorted(row, np.arange(num_rows))
+    ids: NDArray[np.intp] = token_id[order[first[:, None] + np.arange(count)]]
+    return ids
+
+
+def _bound(rows: NDArray[np.float32], count: int) -> NDArray[np.float32]:
+    """Per row a value that at least `count` of its values reach, and few more.
+
+    Lanes of 32 tokens are compared by their greatest: one cheap pass instead of a partition of
+    the whole row.
+    """
+    num_rows, size = rows.shape
+    width = size // _NUM_LANE_TOKENS
+    if width >= 4 * count:
+        lanes = rows[:, : width * _NUM_LANE_TOKENS].reshape(num_rows, _NUM_LANE_TOKENS, width)
+        rows = lanes.max(axis=1)
+    at = rows.shape[1] - count
+    bound: NDArray[np.float32] = np.partition(rows, at, axis=1)[:, at]
+    return bound
+
+
+def _at(rows: NDArray[np.float32], token_ids: NDArray[np.intp]) -> NDArray[np.float32]:
+    """The value of one token per row."""
+    values: NDArray[np.float32] = rows[np.arange(len(rows)), token_ids]
+    return values

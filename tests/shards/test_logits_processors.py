@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from router.step import SamplingParams
-from shards.logits_processors import TokenHistory, process
+from shards.logits_processors import IdRanges, TokenHistory, process
 from tests.groups import ask, running_group
+from tests.shards import sampling_oracle as oracle
 from tests.tiny import write_tiny
 
 VOCAB = 50
@@ -30,10 +33,11 @@ def processed(
     logits: NDArray[np.float32], *, unused: Any = (), emitted: Any = EMITTED, **fields: Any
 ) -> NDArray[np.float32]:
     before = logits.copy()
-    history = TokenHistory(PROMPT, emitted)
-    out = process(logits, SamplingParams(max_tokens=9, **fields), history, unused)
+    sampling = SamplingParams(max_tokens=9, **fields)
+    changed, rows = process(logits[None], [sampling], [TokenHistory(PROMPT, emitted)], unused)
     assert (logits == before).all(), "the raw logits give the log-probabilities"
-    return out
+    assert len(rows) == len(changed)
+    return rows[0] if changed else logits
 
 
 def transformers(processor: Any, logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -45,6 +49,7 @@ def transformers(processor: Any, logits: NDArray[np.float32]) -> NDArray[np.floa
 def test_nothing_asked_nothing_copied() -> None:
     logits = row()
     assert processed(logits) is logits
+    assert processed(logits, emitted=(), presence_penalty=1.0) is logits
 
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 3.0])
@@ -99,11 +104,64 @@ def test_bans_give_way_where_they_leave_nothing() -> None:
 
 def test_history_counts_what_is_appended() -> None:
     grown = TokenHistory(PROMPT, ())
-    assert grown.counts == {}
-    for token_id in EMITTED:
-        grown.append(token_id)
-    assert grown.counts == Counter(EMITTED)
-    assert grown.last == EMITTED[-1]
+    assert counts(grown) == dict.fromkeys(PROMPT, 0)
+    for length, token_id in enumerate(EMITTED * 9, start=1):
+        grown.append(token_id + length // 7)
+    assert counts(grown) == counts(TokenHistory(PROMPT, grown.emitted))
+    assert counts(grown) == {i: grown.emitted.count(i) for i in {*PROMPT, *grown.emitted}}
+    assert grown.last == grown.emitted[-1]
+
+
+def counts(history: TokenHistory) -> dict[int, float]:
+    ids, times = history.seen
+    assert len(set(ids.tolist())) == len(ids)
+    return dict(zip(ids.tolist(), times.tolist(), strict=True))
+
+
+ids = st.integers(0, VOCAB - 1)
+params = st.builds(
+    SamplingParams,
+    max_tokens=st.just(9),
+    min_tokens=st.integers(0, 6),
+    stop_token_ids=st.lists(st.sampled_from((3, 4, 7, -3, VOCAB)), max_size=4).map(tuple),
+    bad_words=st.lists(st.lists(st.sampled_from((3, 4, 7)), min_size=1, max_size=3).map(tuple)).map(
+        tuple
+    ),
+    allowed_token_ids=st.lists(st.sampled_from((3, 4, 7)), max_size=2).map(tuple),
+    logit_bias=st.lists(st.tuples(ids, st.floats(-100, 100)), max_size=4).map(tuple),
+    repetition_penalty=st.sampled_from((1.0, 1.3, 0.4)),
+    frequency_penalty=st.sampled_from((0.0, -1.1, 0.7)),
+    presence_penalty=st.sampled_from((0.0, 1.9, -0.3)),
+)
+sequences = st.tuples(
+    params, st.lists(ids, max_size=9), st.lists(st.sampled_from((3, 4, 7, 11)), max_size=9)
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(sequences, max_size=7), st.sampled_from([(), ((0, 2), (40, 44)), ((45, 50),)]))
+def test_a_batch_is_its_rows_token_by_token(
+    batch: list[tuple[SamplingParams, list[int], list[int]]], unused: IdRanges
+) -> None:
+    logits = np.random.default_rng(len(batch)).normal(0, 3, (len(batch), VOCAB)).astype(np.float32)
+    histories = [TokenHistory(prompt, emitted) for _, prompt, emitted in batch]
+    changed, rows = process(logits, [sampling for sampling, _, _ in batch], histories, unused)
+    found = dict(zip(changed, rows, strict=True))
+    for i, (sampling, prompt, emitted) in enumerate(batch):
+        expected = oracle.processed(logits[i], sampling, prompt, emitted, unused)
+        np.testing.assert_array_equal(found.get(i, logits[i]), expected)
+
+
+def test_a_token_outside_the_vocabulary_stays_in_its_row() -> None:
+    plain, penalised = (
+        SamplingParams(max_tokens=1),
+        SamplingParams(max_tokens=1, presence_penalty=1),
+    )
+    logits = np.stack([row(6), row(7), row(8)])
+    histories = [TokenHistory((), [-2])] * 3
+    changed, rows = process(logits, [penalised, plain, penalised], histories)
+    assert changed == [0, 2]
+    np.testing.assert_array_equal(rows[:, :-2], logits[changed][:, :-2])
 
 
 async def test_a_penalised_answer_is_the_same_on_every_topology(tmp_path: Path) -> None:

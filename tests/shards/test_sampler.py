@@ -1,4 +1,4 @@
-"""The sampler against plain restatements of its rules, and its independence of neighbours."""
+"""The sampler against plain restatements of its rules."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from router.step import Sampled, SamplingParams
-from shards.logits_processors import TokenHistory
-from shards.sampler import SampleRequest, sample, uniform
+from router.step import NO_TOKEN, Sampled, SamplingParams
+from shards.draw import uniform
+from shards.logits_processors import IdRanges, TokenHistory
+from shards.sampler import SampleRequest, sample
+from tests.shards import sampling_oracle as oracle
 
 GREEDY = SamplingParams(max_tokens=8, temperature=0.0)
 
@@ -30,24 +34,9 @@ def random_logits(rows: int, vocab: int, seed: int = 0) -> Tensor:
 
 
 def expected_distribution(row: Tensor, sampling: SamplingParams) -> dict[int, float]:
-    """Plain Python: temperature, min_p, top_k, top_p over Python floats."""
-    scaled = [float(x) / sampling.temperature for x in row]
-    total = sum(math.exp(x) for x in scaled)
-    probs = {i: math.exp(x) / total for i, x in enumerate(scaled)}
-    floor = sampling.min_p * max(probs.values())
-    ranked = sorted(((i, p) for i, p in probs.items() if p >= floor), key=lambda t: (-t[1], t[0]))
-    if sampling.top_k:
-        ranked = ranked[: sampling.top_k]
-    total = sum(p for _, p in ranked)
-    kept: dict[int, float] = {}
-    reached = 0.0
-    for i, p in ranked:
-        if kept and reached >= sampling.top_p:
-            break
-        kept[i] = p
-        reached += p / total
-    total = sum(kept.values())
-    return {i: p / total for i, p in kept.items()}
+    weights = oracle.distribution(row.tolist(), sampling)
+    total = sum(weights.values())
+    return {i: w / total for i, w in weights.items() if w}
 
 
 def test_greedy_takes_the_lowest_of_equals() -> None:
@@ -94,38 +83,76 @@ def test_every_number_falls_on_the_inverse_cdf() -> None:
         assert one(row, sampling, position).token_id == ranked[at]
 
 
+samplings = st.builds(
+    SamplingParams,
+    max_tokens=st.just(1),
+    temperature=st.sampled_from((0.0, 5e-324, 0.01, 0.6, 1.0, 1.0, 2.0, 1e6)),
+    top_p=st.sampled_from((1.0, 1.0, 0.0, 1e-3, 0.3, 0.8, 0.95, 0.9999, 1 - 2**-53)),
+    top_k=st.sampled_from((0, 0, 1, 2, 7, 40, 10_000)),
+    min_p=st.sampled_from((0.0, 0.0, 0.02, 0.4, 1.0)),
+    seed=st.integers(-(2**63), 2**64 - 1),
+    sample_idx=st.integers(0, 9),
+    repetition_penalty=st.sampled_from((1.0, 1.5)),
+    stop_token_ids=st.just((0, 1)),
+    min_tokens=st.integers(0, 2),
+    logprobs=st.sampled_from((None, None, 0, 1, 5, 20, 1000)),
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(samplings, min_size=1, max_size=6),
+    st.sampled_from((2, 3, 17, 60, 511, 513, 700, 1025, 2600)),
+    st.sampled_from((0.02, 1.0, 4.0)),
+    st.booleans(),
+    st.integers(0, 2**32),
+    st.sampled_from(((), ((1, 2),))),
+)
+def test_a_batch_is_what_plain_python_chooses_row_by_row(
+    batch: list[SamplingParams],
+    vocab: int,
+    spread: float,
+    with_ties: bool,
+    seed: int,
+    unused: IdRanges,
+) -> None:
+    logits = random_logits(len(batch), vocab, seed) * spread / 3
+    logits = torch.round(logits * 2) / 2 if with_ties else logits
+    requests = [request(s, position=i % 3, seq_id=i) for i, s in enumerate(batch)]
+    for found, r, row in zip(sample(logits, requests, unused), requests, logits, strict=True):
+        number = uniform(r.sampling.seed, r.sampling.sample_idx, r.position)
+        allowed = oracle.processed(row.numpy(), r.sampling, (), r.history.emitted, unused)
+        assert found.token_id in oracle.choices(allowed, r.sampling, number)
+        if r.sampling.logprobs is None:
+            assert (found.logprob, found.top_logprobs) == (None, ())
+            continue
+        exact = torch.log_softmax(row.double(), -1).tolist()
+        best = sorted(range(vocab), key=lambda i: (-row[i].item(), i))[: r.sampling.logprobs]
+        assert found.logprob == pytest.approx(exact[found.token_id], abs=1e-5)
+        assert [i for i, _ in found.top_logprobs] == best
+        assert [p for _, p in found.top_logprobs] == pytest.approx(
+            [exact[i] for i in best], abs=1e-5
+        )
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_ends_its_own_row(value: float) -> None:
+    logits = random_logits(6, 700)
+    kinds = (replace(GREEDY, logprobs=2), SamplingParams(max_tokens=1, top_p=0.9, logprobs=2))
+    requests = [request(kinds[i % 2], seq_id=i) for i in range(6)]
+    expected = sample(logits, requests)
+    for i, at in ((2, 0), (3, 699), (5, 350)):
+        logits[i, at] = value
+        expected[i] = Sampled(seq_id=i, token_id=NO_TOKEN)
+    assert sample(logits, requests) == expected
+
+
 def test_equal_probabilities_keep_the_lower_ids() -> None:
     row = torch.zeros(2000)
     for options in ({"top_k": 3}, {"top_p": 3 / 2000 - 1e-6}):
         sampling = SamplingParams(max_tokens=1, **options)  # type: ignore[arg-type]
         chosen = {one(row, replace(sampling, seed=s)).token_id for s in range(60)}
         assert chosen == {0, 1, 2}
-
-
-def test_numbers_depend_on_seed_sample_and_position_alone() -> None:
-    numbers = {uniform(s, i, p) for s in (0, 1, 2**64 - 1) for i in (0, 1) for p in range(50)}
-    assert len(numbers) == 300
-    assert uniform(-1, 0, 0) == uniform(2**64 - 1, 0, 0)
-    assert 0.4 < sum(uniform(7, 0, p) for p in range(2000)) / 2000 < 0.6
-    reference = np.random.Generator(
-        np.random.Philox(key=np.array([5, 6], np.uint64), counter=np.array([7, 0, 0, 0], np.uint64))
-    )
-    assert uniform(5, 6, 7) == reference.random()
-
-
-def test_a_row_does_not_feel_its_neighbours() -> None:
-    logits = random_logits(9, 5003)
-    kinds = [
-        replace(GREEDY, logprobs=5),
-        SamplingParams(max_tokens=4, seed=1, logprobs=3),
-        SamplingParams(max_tokens=4, seed=2, top_p=0.9, logprobs=0),
-        SamplingParams(max_tokens=4, seed=3, top_k=20, temperature=0.5),
-    ]
-    requests = [request(kinds[i % 4], position=i, seq_id=i) for i in range(9)]
-    together = sample(logits, requests)
-    alone = [sample(logits[i : i + 1], [requests[i]])[0] for i in range(9)]
-    backwards = sample(logits.flip(0), requests[::-1])[::-1]
-    assert together == alone == backwards
 
 
 def test_logprobs_are_of_the_raw_logits() -> None:
