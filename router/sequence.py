@@ -123,8 +123,10 @@ class Sequence:
 
     @property
     def tier(self) -> tuple[bool, int]:
-        """Lower may take resources from higher; the often overtaken are above all priorities."""
-        return (self.overtaken < MAX_OVERTAKES, self.priority)
+        """Lower may take resources from higher; the often overtaken are above all priorities, and
+        equal among themselves."""
+        aged = self.overtaken >= MAX_OVERTAKES
+        return (not aged, 0 if aged else self.priority)
 
     @property
     def rank(self) -> tuple[bool, int, int]:
