@@ -125,8 +125,7 @@ class StageWorker(Worker):
         if epoch > self._epoch:
             self._epoch = epoch
             self._runner.reset()
-            self._actor.forget()
-            self._links.dispatcher.drop_before(epoch)
+            self._forget_exchanges(before=epoch)
         try:
             plan = decode(StepPlan, frame.meta)
             done = self._runner.execute(plan, self._hidden(frame))
@@ -135,7 +134,13 @@ class StageWorker(Worker):
         except (StepLost, PeerLost) as error:
             log.warning("%s: a step of epoch %d is lost: %s", self.spec.peer, epoch, error)
             self._lost_epoch = epoch
+            # What experts still answer is nobody's, and its tensors belong to the step that ended.
+            self._forget_exchanges(before=epoch + 1)
             self.report(WorkerEvent(lost_epoch=epoch))
+
+    def _forget_exchanges(self, before: int) -> None:
+        self._actor.forget()
+        self._links.dispatcher.drop_before(before)
 
     def _hidden(self, frame: Frame) -> Tensor | None:
         """The [T, D] rows that came with a plan; stage 0 gets none."""

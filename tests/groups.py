@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from deploy.config import parse_args
 from deploy.resolve import resolve
-from router.step import SamplingParams
+from router.step import SamplingParams, Token
 from router.transport.base import Transport
 from router.transport.sockets import SocketTransport
 from shards.client import GroupState
@@ -27,17 +27,21 @@ from shards.worker import RunsForever, announce, make_worker
 
 @dataclass(frozen=True)
 class Answer:
-    """What one sequence gave: token ids, their logprobs, and why it ended."""
+    """What one sequence gave: token ids, their logprobs, why it ended, best alternatives."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float | None, ...]
     finish: str
+    top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
+
+
+MakeWorker = Callable[[WorkerSpec, Transport], RunsForever]
 
 
 class ThreadLauncher:
     """Workers as threads of this process: the same loops and sockets without start-up time."""
 
-    def __init__(self, make: Callable[[WorkerSpec, Transport], RunsForever] = make_worker) -> None:
+    def __init__(self, make: MakeWorker = make_worker) -> None:
         self._make = make
         self._threads: list[threading.Thread] = []
 
@@ -63,13 +67,18 @@ class ThreadLauncher:
 
 @contextmanager
 def running_group(
-    model: str | Path, *, processes: bool = False, **options: Any
+    model: str | Path,
+    *,
+    processes: bool = False,
+    make: MakeWorker = make_worker,
+    **options: Any,
 ) -> Iterator[ModelGroup]:
-    """A started group whose workers are threads, or with `processes` subprocesses, of this test."""
+    """A started group whose workers are threads, built by `make`, or with `processes` subprocesses
+    of this test."""
     spec = resolve(parse_args({"model": str(model), "dtype": "float32", **options})).spec
     transport = SocketTransport(INGRESS, spec.secret)
     env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
-    launcher = SubprocessLauncher(env) if processes else ThreadLauncher()
+    launcher = SubprocessLauncher(env) if processes else ThreadLauncher(make)
     group = ModelGroup(spec, launcher, transport)
     group.start(timeout=120)
     try:
@@ -78,15 +87,19 @@ def running_group(
         group.stop()
 
 
-async def ask(group: ModelGroup, prompt: tuple[int, ...], sampling: SamplingParams) -> Answer:
-    """One sequence to its end."""
-    stream = group.generate(prompt, sampling)
-    tokens = [token async for token in stream]
+def answer_of(tokens: Sequence[Token]) -> Answer:
+    """A whole answer, or what there is of it."""
     return Answer(
         tuple(t.token_id for t in tokens),
         tuple(t.logprob for t in tokens),
-        str(tokens[-1].finish),
+        str(tokens[-1].finish) if tokens else "",
+        tuple(t.top_logprobs for t in tokens),
     )
+
+
+async def ask(group: ModelGroup, prompt: tuple[int, ...], sampling: SamplingParams) -> Answer:
+    """One sequence to its end."""
+    return answer_of([token async for token in group.generate(prompt, sampling)])
 
 
 async def ask_all(
