@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,10 +19,13 @@ from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
 from deploy.version import VERSION
+from models.kernels.choice import resolve_kernels
 from shards.client import GroupState, ModelClient
 from shards.spec import GroupSpec
 
 log = logging.getLogger("conclave.ingress")
+
+_KERNELS = ("linear", "experts", "attention", "mamba")
 
 
 def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
@@ -53,7 +57,7 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "heads": sorted(resolved.facts.heads),
         "quantization": resolved.spec.quantization,
         "threads": resolved.spec.threads,
-        "kernel_backends": {"attention": "torch", "mamba": "torch", "experts": "torch"},
+        "kernel_backends": dict.fromkeys(_KERNELS, resolved.spec.kernels),
     }
 
 
@@ -65,7 +69,10 @@ class Ingress:
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
         logging.getLogger("conclave").setLevel(resolved.log_level.upper())
         self._api_keys = resolved.api_keys
-        spec = resolved.spec
+        # Chosen here, where the weights will be, and not wherever the command was typed.
+        kernels = await asyncio.to_thread(resolve_kernels, resolved.spec.kernels)
+        spec = replace(resolved.spec, kernels=kernels)
+        resolved = replace(resolved, spec=spec)
         model = load_served_model(
             resolved.served_model_name,
             resolved.model_path,

@@ -6,7 +6,7 @@ from another place, see `rope_theta` below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -198,9 +198,9 @@ class DbrxConfig:
             "down": matrix("w2", (hidden, width), turned=True),
         }
 
-    def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
-        """One expert over n rows, [n, D] → [n, D]."""
-        return expert_rows(x, weights, ACTIVATIONS[self.activation])
+    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
+        """Experts over their rows, [n, D] → [n, D]."""
+        return expert_rows(x, groups, ACTIVATIONS[self.activation])
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Rotary buffers that old conversions saved."""

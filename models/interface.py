@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -269,8 +269,11 @@ class ModelConfig(Protocol):
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
         """`gate`, `up`, `down` of one routed expert."""
 
-    def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
-        """One expert over n rows, [n, D] → [n, D], unweighted; any n, bits independent of n."""
+    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
+        """Some experts over n rows, [n, D] → [n, D], unweighted; a row's bits are its own.
+
+        `groups` says whose the rows are: so many of the first expert, then of the second, ...
+        """
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Checkpoint tensors that are known to be redundant (rotary buffers, a tied head)."""

@@ -5,7 +5,7 @@ The reference is Transformers' torch path, single full forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -218,9 +218,9 @@ class JambaConfig:
         shape = (self.expert_width, self.hidden_size)
         return expert_matrices(expert, shape, hub=(gate, up, down), fused_prefix=experts)
 
-    def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
-        """One expert over n rows, [n, D] → [n, D]."""
-        return expert_rows(x, weights, silu)
+    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
+        """Experts over their rows, [n, D] → [n, D]."""
+        return expert_rows(x, groups, silu)
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Jamba files hold nothing redundant."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from models.checkpoint_map import whole
 from models.interface import BatchMeta, StateCache, TensorSlice
-from models.layers.activation import silu, softplus
-from models.layers.mamba import SelectiveState
+from models.kernels.scan import ScanWeights
+from models.layers.mamba import Selection, SelectiveState
 from models.layers.norm import rms_norm
 from models.layers.rowwise import linear
 
@@ -54,36 +54,25 @@ class MambaMixer:
         self._weights = weights
         self._state = state
         self._norm_eps = norm_eps
-        self._conv = weights["conv1d.weight"].squeeze(1)
-        # A is float32 whatever the model dtype, and kept as the scan wants it: [N, I].
-        self._a = (-torch.exp(weights["A_log"].float())).t().contiguous()
+        self._taps = weights["conv1d.weight"].squeeze(1).float().t().contiguous()
+        self._scan = ScanWeights(weights["A_log"], weights["D"], weights["dt_proj.bias"])
 
     def __call__(self, x: Tensor, meta: BatchMeta, cache: StateCache) -> Tensor:
         """Advances the sequences' states in `cache`."""
-        w, tokens = self._weights, meta.num_tokens
+        w, state = self._weights, self._state
         u, z = linear(x, w["in_proj.weight"], w.get("in_proj.bias")).chunk(2, dim=-1)
-        c = u.new_zeros(u.shape)
-        convolved = self._state.convolve(u[:tokens], self._conv, w.get("conv1d.bias"), meta, cache)
-        c[:tokens] = silu(convolved.to(x.dtype))
-        delta, b, out_of = self._selection(c)
-        signal = c[:tokens].float()
-        y = self._state.scan(
-            signal, delta[:tokens], self._a, (b[:tokens], out_of[:tokens]), meta, cache
-        )
-        y = y + w["D"].float() * signal
-        gated = u.new_zeros(u.shape)
-        gated[:tokens] = (y * silu(z[:tokens].float())).to(x.dtype)
+        signal = state.signal(u, self._taps, w.get("conv1d.bias"), meta, cache)
+        gated = state.gated_scan(signal, z, self._selection(signal), self._scan, meta, cache)
         return linear(gated, w["out_proj.weight"], w.get("out_proj.bias"))
 
-    def _selection(self, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Δ [R, I], B and C [R, N] from the convolved signal, all float32."""
+    def _selection(self, signal: Tensor) -> Selection:
+        """What the tokens select by, from the convolved signal."""
         w, eps = self._weights, self._norm_eps
-        rank, state = w["dt_proj.weight"].shape[1], self._a.shape[0]
-        dt, b, out_of = torch.split_with_sizes(
-            linear(c, w["x_proj.weight"]), [rank, state, state], dim=-1
+        rank, (_, state) = w["dt_proj.weight"].shape[1], w["A_log"].shape
+        step, b, c = torch.split_with_sizes(
+            linear(signal, w["x_proj.weight"]), [rank, state, state], dim=-1
         )
-        dt = rms_norm(dt, w["dt_layernorm.weight"], eps)
+        step = rms_norm(step, w["dt_layernorm.weight"], eps)
         b = rms_norm(b, w["b_layernorm.weight"], eps)
-        out_of = rms_norm(out_of, w["c_layernorm.weight"], eps)
-        delta = linear(dt, w["dt_proj.weight"]).float() + w["dt_proj.bias"].float()
-        return softplus(delta), b.float(), out_of.float()
+        c = rms_norm(c, w["c_layernorm.weight"], eps)
+        return Selection(linear(step, w["dt_proj.weight"]), b, c)

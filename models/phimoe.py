@@ -5,7 +5,7 @@ The reference is Microsoft's own code as kept by Transformers 4 for a single ful
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -211,9 +211,9 @@ class PhimoeConfig:
             fused_prefix=f"{layer}mlp.experts.",
         )
 
-    def expert_forward(self, x: Tensor, weights: ExpertWeights) -> Tensor:
-        """One expert over n rows, [n, D] → [n, D]."""
-        return expert_rows(x, weights, ACTIVATIONS[self.activation])
+    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
+        """Experts over their rows, [n, D] → [n, D]."""
+        return expert_rows(x, groups, ACTIVATIONS[self.activation])
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Rotary buffers that old conversions saved."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights, ModelConfig
@@ -41,12 +40,6 @@ class ExpertBank:
         `pairs` lists (expert, count): the first `count` rows belong to the first expert, and so
         on; the counts add up to n. Raises KeyError for an expert that is not held here.
         """
-        outputs = torch.empty_like(rows)
-        start = 0
-        for expert, count in pairs:
-            group = slice(start, start := start + count)
-            if count:
-                weights = self._weights[layer_idx, expert]
-                outputs[group] = self._config.expert_forward(rows[group], weights)
-        assert start == len(rows), (pairs, rows.shape)
-        return outputs
+        groups = [(self._weights[layer_idx, expert], count) for expert, count in pairs]
+        assert sum(count for _, count in pairs) == len(rows), (pairs, rows.shape)
+        return self._config.expert_forward(rows, groups)

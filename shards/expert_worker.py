@@ -33,12 +33,14 @@ class ExpertWorker(Worker):
 
 def make_expert_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> ExpertWorker:
     """Load the experts that the placement gives to this index, and only those."""
+    from models.kernels.native import use_kernels
     from shards.checkpoint import open_model
     from shards.loading import load_experts
     from shards.threads import dtype_of, use_threads
 
     group = spec.group
     use_threads(group.threads)
+    use_kernels(group.kernels)
     config, checkpoint = open_model(group.model_path, on_read)
     assert group.placement is not None, "a group without expert workers has none to start"
     held = group.placement.held_by(spec.index)

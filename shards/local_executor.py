@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models.interface import ModelConfig
+from models.kernels.native import use_kernels
 from models.registry import load_config
 from router.engine import EngineLimits
 from router.step import StepPlan, StepResult
@@ -107,6 +108,7 @@ class LocalExecutor:
 def load_local_executor(group: GroupSpec, on_read: OnRead | None = None) -> LocalExecutor:
     """The local executor of a group as its spec describes it, still without caches."""
     use_threads(group.threads)
+    use_kernels(group.kernels)
     config = load_config(Path(group.model_path))
     return LocalExecutor(
         config,

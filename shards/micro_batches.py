@@ -11,20 +11,23 @@ from models.interface import BatchMeta
 from models.layers.rowwise import padded_rows
 from router.step import ScheduledSequence
 
+FEW_TOKENS = 16
+"""Up to here a product takes as long as one with half of the rows."""
+
 
 def split_sequences(
-    counts: Sequence[int], num_micro_batches: int, tile: int
+    counts: Sequence[int], num_micro_batches: int, few_tokens: int = FEW_TOKENS
 ) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of sequences with `counts` tokens each: one, or two of about equal tokens.
 
-    What fits into one row tile stays together: two tiles of padding would cost more than the
-    overlap of attention and experts gains.
+    Up to `few_tokens` stay together: reading every weight twice would cost more than the overlap of
+    attention and experts gains.
     """
     if not counts:
         return ()
     assert num_micro_batches in (1, 2), num_micro_batches
     total = sum(counts)
-    if num_micro_batches == 1 or len(counts) == 1 or total <= tile:
+    if num_micro_batches == 1 or len(counts) == 1 or total <= few_tokens:
         return ((0, len(counts)),)
     first_half = tuple(accumulate(counts))
     cut = min(range(1, len(counts)), key=lambda cut: abs(2 * first_half[cut - 1] - total))
@@ -52,7 +55,7 @@ def pack(
         assert own.stop <= len(table) * block_size, (sequence, len(table))
         positions += own
         slots += [table[p // block_size] * block_size + p % block_size for p in own]
-    num_rows = padded_rows(len(positions), dtype)
+    num_rows = padded_rows(len(positions), dtype, torch.device(device))
     width = max(map(len, blocks))
     tables = [[*table, *[0] * (width - len(table))] for table in blocks]
     padding = [0] * (num_rows - len(positions))

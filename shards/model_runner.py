@@ -17,7 +17,7 @@ from models.interface import (
     Routing,
     StageModel,
 )
-from models.layers.rowwise import pad_rows, row_tile
+from models.layers.rowwise import pad_rows
 from router.step import (
     LAST_SAMPLED,
     NOTHING,
@@ -148,8 +148,8 @@ class ModelRunner:
     def _micro_batches(self, plan: StepPlan, hidden: Tensor | None) -> list[_MicroBatch]:
         counts = [scheduled.num_tokens for scheduled in plan.scheduled]
         batches = []
-        row, tile = 0, row_tile(self._dtype)
-        for begin, end in split_sequences(counts, self._num_micro_batches, tile):
+        row = 0
+        for begin, end in split_sequences(counts, self._num_micro_batches):
             scheduled = plan.scheduled[begin:end]
             meta = self._pack(scheduled)
             if hidden is None:

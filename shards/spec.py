@@ -47,6 +47,8 @@ class GroupSpec:
     secret: str
     quantization: str = "none"
     """none, int8 or int8-all, whether quantised at load or in the files."""
+    kernels: str = "auto"
+    """torch, or the native variant that every worker must have; auto: each for itself."""
     unused_token_ids: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of vocabulary rows that no token owns: never sampled."""
     cache_costs: tuple[CacheCost, ...] = ()

@@ -164,6 +164,7 @@ class StageWorker(Worker):
 
 def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> StageWorker:
     """Load one stage's layers; its caches and its wires to the experts come with the limits."""
+    from models.kernels.native import use_kernels
     from shards.checkpoint import open_model
     from shards.kv_cache import allocate_caches
     from shards.loading import load_stage
@@ -171,6 +172,7 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -
 
     group = spec.group
     use_threads(group.threads)
+    use_kernels(group.kernels)
     config, checkpoint = open_model(group.model_path, on_read)
     first, last = group.stage_layers[spec.index]
     dtype = dtype_of(group.dtype)

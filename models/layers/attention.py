@@ -1,10 +1,11 @@
 """Causal grouped-query attention over a paged cache, with one reduction order for every batch.
 
-Queries are cut into tiles of a fixed number of rows, keys into splits of `SPLIT` at absolute
-positions. Every (tile, split) pair is the same two matrix products, in float32; the maximum is
-exact, and the splits are summed one after the other in absolute order. A split that holds no
-visible key contributes exact zeros, so neither its presence nor its absence changes a bit: prefill
-chunks, one-token decodes and mixed batches agree.
+Where there is a native kernel it does all of it, in an order of its own. Here, queries are cut into
+tiles of a fixed number of rows, keys into splits of `SPLIT` at absolute positions. Every (tile,
+split) pair is the same two matrix products, in float32; the maximum is exact, and the splits are
+summed one after the other in absolute order. A split that holds no visible key contributes exact
+zeros, so neither its presence nor its absence changes a bit: prefill chunks, one-token decodes and
+mixed batches agree.
 
 Legend: U (tile, split) pairs, M rows per tile, G key/value heads, h head_dim, S splits of a tile.
 """
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 from models.interface import BatchMeta, KVCache
+from models.kernels.attention import MAX_HEAD_DIM, PagedBatch
+from models.kernels.native import native_kernels
 from models.layers.batch_memo import BatchMemo
 
 SPLIT = 64
@@ -60,9 +63,14 @@ class PagedAttention:
         used_rows = self._queries_per_tile * self._heads_per_kv
         self._tile_rows = -(-used_rows // _MIN_TILE_ROWS) * _MIN_TILE_ROWS
         self._plans = BatchMemo(self._plan)
+        self._batches = BatchMemo(PagedBatch)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
         """[R, H, h] queries, [R, G, h] keys and values → [R, H * h]; writes the cache first."""
+        kernels = native_kernels(q.dtype, q.device)
+        if kernels is not None and self.head_dim <= MAX_HEAD_DIM:
+            batch = self._batches(meta, cache.key.shape[1])
+            return batch.attend(kernels.name, q, k, v, cache, self.window)
         flat = (-1, self.num_kv_heads, self.head_dim)
         keys, values = cache.key.view(flat), cache.value.view(flat)
         keys.index_copy_(0, meta.slot_mapping, k[: meta.num_tokens])

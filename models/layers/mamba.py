@@ -1,7 +1,8 @@
 """The Mamba-1 recurrence (Gu and Dao 2023) on packed sequences: convolution and selective scan.
 
 Both are chains of elementwise operations in one fixed order per channel, so a token's bits do not
-depend on the chunk it is computed in or on its neighbours.
+depend on the chunk it is computed in or on its neighbours. Where there are native kernels they do
+it, in an order of their own.
 
 Legend: T tokens, I inner width, N state size, K convolution width, B sequences.
 """
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from models.interface import BatchMeta, StateCache
+from models.kernels.native import native_kernels
+from models.kernels.scan import MAX_STATES, MAX_TAPS, RecurrentBatch, ScanWeights
+from models.layers.activation import silu, softplus
 from models.layers.batch_memo import BatchMemo
 
 _SCAN_ELEMENTS = 1 << 21
@@ -40,17 +44,60 @@ class ScanPlan:
     """Sequences that have a token at each step."""
 
 
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """What each token selects by, in the model dtype: Δ before bias and softplus [R, I], B, C."""
+
+    step: Tensor
+    b: Tensor
+    c: Tensor
+
+
 class SelectiveState:
     """The state updates shared by the Mamba layers of a stage; holds no weights."""
 
     def __init__(self, kernel_width: int) -> None:
         self._history = kernel_width - 1
         self._plans = BatchMemo(self._plan)
+        self._batches = BatchMemo(lambda meta, _: RecurrentBatch(meta))
+
+    def signal(
+        self, u: Tensor, taps: Tensor, bias: Tensor | None, meta: BatchMeta, cache: StateCache
+    ) -> Tensor:
+        """silu of the convolution: [R, I] x [K, I] float32 (+ [I]) → [R, I] in u's dtype."""
+        kernels = native_kernels(u.dtype, u.device)
+        if kernels is not None and len(taps) <= MAX_TAPS and cache.conv.dtype == u.dtype:
+            return self._batches(meta).convolve(kernels.name, u, taps, bias, cache.conv)
+        out, tokens = u.new_zeros(u.shape), meta.num_tokens
+        out[:tokens] = silu(self.convolve(u[:tokens], taps, bias, meta, cache).to(u.dtype))
+        return out
+
+    def gated_scan(
+        self,
+        signal: Tensor,
+        z: Tensor,
+        selection: Selection,
+        weights: ScanWeights,
+        meta: BatchMeta,
+        cache: StateCache,
+    ) -> Tensor:
+        """(scan + D · signal) · silu(z): three [R, I] → [R, I] in the signal's dtype."""
+        s, w = selection, weights
+        kernels = native_kernels(signal.dtype, signal.device)
+        if kernels is not None and len(w.a) <= MAX_STATES:
+            rows = (signal, s.step, z, s.b, s.c)
+            return self._batches(meta).scan(kernels.name, rows, w, cache.ssm)
+        out, tokens = signal.new_zeros(signal.shape), meta.num_tokens
+        wide, step, gate, b, c = (t[:tokens].float() for t in (signal, s.step, z, s.b, s.c))
+        delta = softplus(step + w.step_bias.float())
+        y = self.scan(wide, delta, w.a, (b, c), meta, cache)
+        out[:tokens] = ((y + w.d.float() * wide) * silu(gate)).to(signal.dtype)
+        return out
 
     def convolve(
-        self, u: Tensor, weight: Tensor, bias: Tensor | None, meta: BatchMeta, cache: StateCache
+        self, u: Tensor, taps: Tensor, bias: Tensor | None, meta: BatchMeta, cache: StateCache
     ) -> Tensor:
-        """Causal depthwise convolution: [T, I] x [I, K] (+ [I]) → [T, I] float32, no activation.
+        """Causal depthwise convolution: [T, I] x [K, I] (+ [I]) → [T, I] float32, no activation.
 
         The cache keeps the last K-1 inputs, as they were before the convolution.
         """
@@ -63,7 +110,6 @@ class SelectiveState:
         tail = extended.index_select(0, plan.tail_rows)
         tail = tail.view(plan.slots.shape[0], self._history, width)
         cache.conv[plan.slots] = tail.transpose(1, 2).to(cache.conv.dtype)
-        taps = weight.float().t()
         extended = extended.float()
         out = extended.index_select(0, plan.tap_rows[0]) * taps[0]
         for rows, tap in zip(plan.tap_rows[1:], taps[1:], strict=True):

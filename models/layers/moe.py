@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights, Routing
-from models.layers.activation import Activation
+from models.kernels.native import native_kernels
+from models.layers.activation import Activation, silu
 from models.layers.rowwise import linear, pad_rows
 
 
 def feed_forward(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
     """act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ of [R, D] rows, R a multiple of the row tile."""
+    native = native_kernels(x.dtype, x.device)
+    if native is not None and activation is silu:
+        return native.experts(x, [(weights, x.shape[0])])
     gate = linear(x, weights.gate, scale=weights.gate_scale)
     hidden = activation(gate) * linear(x, weights.up, scale=weights.up_scale)
     return linear(hidden, weights.down, scale=weights.down_scale)
 
 
-def expert_rows(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
-    """`feed_forward` of any number of rows: [n, D] → [n, D]."""
-    if x.shape[0] == 0:
-        return x
-    return feed_forward(pad_rows(x), weights, activation)[: x.shape[0]]
+def expert_rows(
+    x: Tensor, groups: Sequence[tuple[ExpertWeights, int]], activation: Activation
+) -> Tensor:
+    """`feed_forward` of rows that belong to several experts: [n, D] → [n, D], any n.
+
+    `groups` says whose the rows are: so many of the first expert, then of the second, ...
+    """
+    native = native_kernels(x.dtype, x.device)
+    if native is not None and activation is silu:
+        return native.experts(x, groups)
+    outputs = torch.empty_like(x)
+    start = 0
+    for weights, count in groups:
+        rows = slice(start, start := start + count)
+        if count:
+            outputs[rows] = feed_forward(pad_rows(x[rows]), weights, activation)[:count]
+    return outputs
 
 
 def softmax_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

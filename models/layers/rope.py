@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from models.interface import BatchMeta
+from models.kernels import rowops
+from models.kernels.native import native_kernels
 from models.layers.batch_memo import BatchMemo
 
 # Tables grow by whole chunks at absolute positions, so that an entry never depends on when it was
@@ -75,6 +77,9 @@ class RotaryEmbedding:
     def rotate(self, x: Tensor, meta: BatchMeta) -> Tensor:
         """[R, heads, h] → the same, rotated by each row's position."""
         cos, sin = self._memo(meta)
+        kernels = native_kernels(x.dtype, x.device)
+        if kernels is not None:
+            return rowops.rotate(kernels.name, x, cos, sin)
         first, second = x.chunk(2, dim=-1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 

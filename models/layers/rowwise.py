@@ -1,7 +1,8 @@
 """Matrix products whose rows do not know how many rows there are.
 
-BLAS picks another summation order when the number of rows changes (one row against two, a full
-panel against a remainder), so every product here is made of calls with one fixed number of rows.
+The native kernels have one order for any number of rows. BLAS picks another summation order when
+that number changes (one row against two, a full panel against a remainder), so without them every
+product here is made of calls with one fixed number of rows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.native import native_kernels
+
+_CPU = torch.device("cpu")
+
 _ROW_TILES = {torch.float32: 8, torch.bfloat16: 16, torch.float16: 16}
 
 _MIN_OUTPUTS = 4
@@ -21,20 +26,21 @@ _MIN_OUTPUTS = 4
 _INT8_BLOCKS = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20}
 
 
-def row_tile(dtype: torch.dtype) -> int:
-    """Rows of every matrix product in `dtype`; KeyError for a dtype that cannot be served."""
-    return _ROW_TILES[dtype]
+def row_tile(dtype: torch.dtype, device: torch.device = _CPU) -> int:
+    """A matrix product takes a multiple of so many rows; KeyError for a dtype not served."""
+    tile = _ROW_TILES[dtype]
+    return tile if native_kernels(dtype, device) is None else 1
 
 
-def padded_rows(num_rows: int, dtype: torch.dtype) -> int:
+def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """The smallest multiple of the row tile that holds `num_rows`."""
-    tile = row_tile(dtype)
+    tile = row_tile(dtype, device)
     return -(-num_rows // tile) * tile
 
 
 def pad_rows(x: Tensor) -> Tensor:
     """[n, D] → [padded_rows(n), D] with zero rows behind; `x` itself when it already fits."""
-    missing = padded_rows(x.shape[0], x.dtype) - x.shape[0]
+    missing = padded_rows(x.shape[0], x.dtype, x.device) - x.shape[0]
     return F.pad(x, (0, 0, 0, missing)) if missing else x
 
 
@@ -46,20 +52,30 @@ def project(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
 ) -> Tensor:
-    """x·weightᵀ + bias, tile by tile: [R, D] x [N, D] → [R, N], R a multiple of the row tile.
+    """x·weightᵀ + bias: [R, D] x [N, D] → [R, N], R a multiple of the row tile.
 
     An int8 `weight` comes with the float32 `scale` [N] of its rows.
     """
+    native = native_kernels(x.dtype, x.device)
+    if native is not None:
+        return native.linear(x, weight, bias, scale)
+    return _tiled_linear(x, weight, bias, scale)
+
+
+def _tiled_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+) -> Tensor:
     if scale is not None:
         return _int8_linear(x, weight, bias, scale)
-    tile, rows = row_tile(x.dtype), x.shape[0]
+    tile, rows = _ROW_TILES[x.dtype], x.shape[0]
     assert rows % tile == 0, f"{rows} rows are no multiple of the tile of {tile}"
     if weight.shape[0] < _MIN_OUTPUTS:
         # With fewer columns BLAS takes a path whose sums depend on the row's place in the tile.
         outputs = weight.shape[0]
         missing = _MIN_OUTPUTS - outputs
         wide = F.pad(weight, (0, 0, 0, missing))
-        return linear(x, wide, None if bias is None else F.pad(bias, (0, missing)))[:, :outputs]
+        wide_bias = None if bias is None else F.pad(bias, (0, missing))
+        return _tiled_linear(x, wide, wide_bias)[:, :outputs]
     x = x.contiguous()
     if rows <= tile:
         return F.linear(x, weight, bias)
@@ -83,7 +99,7 @@ def _int8_linear(x: Tensor, values: Tensor, bias: Tensor | None, scale: Tensor) 
     # One buffer for all: fresh memory for each block would cost more than the product.
     buffer = torch.empty(blocks[0].shape, dtype=working, device=values.device)
     wide = x.to(working)
-    parts = [linear(wide, buffer[: len(block)].copy_(block)) for block in blocks]
+    parts = [_tiled_linear(wide, buffer[: len(block)].copy_(block)) for block in blocks]
     sums = torch.cat(parts, dim=1)
     products = sums.float().mul_(scale)
     if bias is not None:

@@ -187,7 +187,7 @@ class Served:
         for expert in ids.unique().tolist():
             rows, slots = torch.nonzero(ids == expert, as_tuple=True)
             weights = self.experts[layer, expert]
-            results[rows, slots] = self.config.expert_forward(h[rows], weights)
+            results[rows, slots] = self.config.expert_forward(h[rows], [(weights, len(rows))])
         total = torch.zeros(num_tokens, h.shape[1])
         for slot in range(ids.shape[1]):
             weight = routing.weights[:num_tokens, slot, None].float()

@@ -1,19 +1,29 @@
-"""Paged attention against the textbook formula in float64, over random batches."""
+"""PyTorch's paged attention against the textbook formula in float64, over random batches."""
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from models.interface import BatchMeta, KVCache
+from models.kernels.native import use_kernels
 from models.layers.attention import PagedAttention
 from models.layers.rope import LongRope, RotaryEmbedding
 
 NUM_BLOCKS = 160
+
+
+@pytest.fixture(autouse=True)
+def without_native_kernels() -> Iterator[None]:
+    use_kernels("torch")
+    yield
+    use_kernels("auto")
 
 
 def meta_of(chunks: list[tuple[int, int]], tables: Tensor, block_size: int) -> BatchMeta:
@@ -112,7 +122,7 @@ def test_matches_the_textbook_and_itself(
             assert torch.equal(one[0], out[row])
 
 
-def test_grouping_of_tiles_changes_nothing(monkeypatch: object) -> None:
+def test_grouping_of_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     chunks = [(0, 150), (130, 1), (7, 1), (64, 30)]
     tables = torch.arange(4 * 20).view(4, 20)
     meta = meta_of(chunks, tables, 16)
@@ -124,7 +134,7 @@ def test_grouping_of_tiles_changes_nothing(monkeypatch: object) -> None:
     import models.layers.attention as module
 
     for budget in (1, 1 << 13, 1 << 30):
-        monkeypatch.setattr(module, "_GROUP_ELEMENTS", budget)  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "_GROUP_ELEMENTS", budget)
         attention = PagedAttention(num_heads=4, num_kv_heads=2, head_dim=8)
         outputs.append(attention(q, k, v, meta, KVCache(zeros.clone(), zeros.clone())))
     assert torch.equal(outputs[0], outputs[1])

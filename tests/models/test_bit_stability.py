@@ -83,10 +83,12 @@ def test_expert_of_any_number_of_rows(dtype: torch.dtype, n: int, width: int, se
         randn(seed + 2, 64, width, dtype=dtype) / 8,
     )
     x = randn(seed + 3, n, 64, dtype=dtype)
-    full = expert_rows(x, weights, activation.silu)
-    assert full.shape == x.shape
-    for row in range(0, n, 7):
-        assert torch.equal(expert_rows(x[row : row + 1], weights, activation.silu)[0], full[row])
+    for act in (activation.silu, activation.gelu):
+        full = expert_rows(x, [(weights, n)], act)
+        assert full.shape == x.shape
+        assert torch.equal(expert_rows(x, [(weights, n // 3), (weights, n - n // 3)], act), full)
+        for row in range(0, n, 7):
+            assert torch.equal(expert_rows(x[row : row + 1], [(weights, 1)], act)[0], full[row])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -183,7 +185,8 @@ def test_halving_sum(rows: int, terms: int, width: int, seed: int) -> None:
 def test_pad_rows_adds_zero_rows() -> None:
     x = randn(0, 5, 3)
     padded = pad_rows(x)
-    assert padded.shape == (8, 3)
+    assert padded.shape[0] % row_tile(x.dtype) == 0
+    assert 5 <= padded.shape[0] < 5 + row_tile(x.dtype)
     assert torch.equal(padded[:5], x)
     assert not padded[5:].any()
     assert pad_rows(padded) is padded

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights, KVCache, StateCache
+from models.kernels.scan import ScanWeights
 from models.layers.activation import silu
 from models.layers.attention import PagedAttention
-from models.layers.mamba import SelectiveState
+from models.layers.mamba import Selection, SelectiveState
 from models.layers.moe import expert_rows, softmax_top_k, sparse_mixer
 from models.layers.norm import layer_norm, rms_norm
 from models.layers.rope import LongRope, RotaryEmbedding
@@ -82,9 +83,11 @@ def test_experts(dtype: torch.dtype) -> None:
     gate, up = randn(0, 640, 1024, dtype=dtype) / 32, randn(1, 640, 1024, dtype=dtype) / 32
     weights = ExpertWeights(gate, up, randn(2, 1024, 640, dtype=dtype) / 25)
     x = randn(3, 77, 1024, dtype=dtype)
-    full = expert_rows(x, weights, silu)
+    full = expert_rows(x, [(weights, len(x))], silu)
     for first, last in [(0, 1), (5, 7), (30, 47), (76, 77)]:
-        assert torch.equal(expert_rows(x[first:last], weights, silu), full[first:last])
+        assert torch.equal(
+            expert_rows(x[first:last], [(weights, last - first)], silu), full[first:last]
+        )
 
 
 @pytest.mark.parametrize("dtype", SERVED)
@@ -112,7 +115,7 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
                 picked = torch.cat([front, picked, torch.tensor([start])])
             meta = meta_of(chunks, tables[owners], block_size)
             rows = torch.cat([picked, picked.new_zeros(meta.num_rows - len(picked))])
-            out = attention(q[rows], k[picked], v[picked], meta, cache)
+            out = attention(q[rows], k[rows], v[rows], meta, cache)
             own = meta.query_starts[owners.index(seq)]
             outputs.append(out[own : own + end - start])
         return torch.cat(outputs)
@@ -152,13 +155,11 @@ def test_rope(dtype: torch.dtype) -> None:
 def test_convolution_and_scan(dtype: torch.dtype, width: int, state: int) -> None:
     """Chunks of any size, alone or between neighbours, against one whole prefill."""
     length = 20
-    u, weight, bias = (
-        randn(0, length, width, dtype=dtype),
-        randn(1, width, 4, dtype=dtype),
-        randn(2, width, dtype=dtype),
-    )
-    c, delta = randn(3, length, width), randn(4, length, width).abs()
-    a, b, out_of = -randn(5, state, width).abs(), randn(6, length, state), randn(7, length, state)
+    u, step, z = (randn(i, length, width, dtype=dtype) for i in range(3))
+    b, c = (randn(i, length, state, dtype=dtype) for i in (3, 4))
+    taps, bias = randn(5, 4, width), randn(6, width, dtype=dtype)
+    a_log, d, step_bias = randn(7, width, state), randn(8, width), randn(9, width)
+    weights = ScanWeights(*(t.to(dtype) for t in (a_log, d, step_bias)))
     mamba = SelectiveState(4)
 
     def run(cuts: list[int], slot: int, company: bool) -> tuple[Tensor, ...]:
@@ -175,12 +176,12 @@ def test_convolution_and_scan(dtype: torch.dtype, width: int, state: int) -> Non
                 1,
             )
             object.__setattr__(meta, "state_slots", tuple(slots))
-            convolved = mamba.convolve(u[picked], weight, bias, meta, cache)
-            scanned = mamba.scan(
-                c[picked], delta[picked], a, (b[picked], out_of[picked]), meta, cache
-            )
+            rows = torch.cat([picked, picked.new_zeros(meta.num_rows - len(picked))])
+            signal = mamba.signal(u[rows], taps, bias, meta, cache)
+            selection = Selection(step[rows], b[rows], c[rows])
+            scanned = mamba.gated_scan(signal, z[rows], selection, weights, meta, cache)
             own = slice(*meta.query_starts[slots.index(slot) :][:2])
-            outputs.append(torch.stack([convolved[own], scanned[own]]))
+            outputs.append(torch.stack([signal[own], scanned[own]]))
         return torch.cat(outputs, dim=1), cache.conv[slot], cache.ssm[slot]
 
     whole = run([], 0, company=False)

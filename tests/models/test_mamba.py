@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,8 +12,16 @@ from torch import Tensor
 
 import models.layers.mamba as module
 from models.interface import StateCache
+from models.kernels.native import use_kernels
 from models.layers.mamba import SelectiveState
 from tests.models.test_attention import meta_of
+
+
+@pytest.fixture(autouse=True)
+def without_native_kernels() -> Iterator[None]:
+    use_kernels("torch")
+    yield
+    use_kernels("auto")
 
 
 def naive_conv(past: Tensor, u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -59,7 +70,7 @@ def test_matches_a_loop_over_time(
     c, delta, a = randn(total, width), randn(total, width).abs(), -randn(n, width).abs()
     b, out_of = randn(total, n), randn(total, n)
     state = SelectiveState(kernel)
-    convolved = state.convolve(u, weight, bias, meta, cache)
+    convolved = state.convolve(u, weight.t(), bias, meta, cache)
     scanned = state.scan(c, delta, a, (b, out_of), meta, cache)
     close = {"atol": 1e-4, "rtol": 1e-4}
     for seq, slot in enumerate(slots):
@@ -79,7 +90,7 @@ def test_matches_a_loop_over_time(
     assert torch.equal(cache.ssm[untouched], before.ssm[untouched])
 
 
-def test_spans_of_the_scan_change_nothing(monkeypatch: object) -> None:
+def test_spans_of_the_scan_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [9, 1, 30, 1, 17]
     meta = meta_of([(0, c) for c in counts], torch.zeros(5, 64, dtype=torch.int64), 1)
     object.__setattr__(meta, "state_slots", (4, 0, 2, 1, 3))
@@ -89,7 +100,7 @@ def test_spans_of_the_scan_change_nothing(monkeypatch: object) -> None:
     a = -torch.rand(6, 12, generator=generator)
     results = []
     for budget in (1, 500, 1 << 30):
-        monkeypatch.setattr(module, "_SCAN_ELEMENTS", budget)  # type: ignore[attr-defined]
+        monkeypatch.setattr(module, "_SCAN_ELEMENTS", budget)
         cache = StateCache(torch.zeros(5, 12, 3), torch.ones(5, 12, 6))
         y = SelectiveState(4).scan(c, delta.abs(), a, (b, out_of), meta, cache)
         results.append((y, cache.ssm))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from models.layers.rowwise import padded_rows
 from models.registry import load_config
 from router.step import (
     LAST_SAMPLED,
@@ -173,11 +174,11 @@ def test_splits_are_whole_sequences_of_about_equal_tokens() -> None:
 def test_packing_by_hand() -> None:
     scheduled = (row(1, (7, 8, 9), start=3), row(2, (5,), start=0))
     meta = pack(scheduled, [[4, 9], [2]], [1, 0], block_size=4, dtype=torch.float32, device="cpu")
-    assert (meta.num_tokens, meta.num_rows) == (4, 8)
+    assert (meta.num_tokens, meta.num_rows) == (4, padded_rows(4, torch.float32))
     assert meta.query_starts == (0, 3, 4)
     assert meta.starts == (3, 0)
     assert meta.lengths == (6, 1)
-    assert meta.positions.tolist() == [3, 4, 5, 0, 0, 0, 0, 0]
+    assert meta.positions.tolist() == [3, 4, 5, 0] + [0] * (meta.num_rows - 4)
     assert meta.slot_mapping.tolist() == [4 * 4 + 3, 9 * 4, 9 * 4 + 1, 2 * 4]
     assert meta.block_tables.tolist() == [[4, 9], [2, 0]]
     assert meta.state_slots == (1, 0)

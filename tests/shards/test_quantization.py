@@ -95,6 +95,9 @@ async def test_logits_are_transformers_with_the_rounded_weights(
     folder = write_tiny(family, tmp_path / "full")
     spread_channels(folder)
     oracle = load_reference(write_round_trip(folder, tmp_path / "rounded", quantization))
+    # Channels of very different size cost any float32 model 6e-5, Transformers' own included.
+    oracle = oracle.double()
+    oracle.config._experts_implementation = "eager"  # its grouped product refuses float64
     with running_group(folder, quantization=quantization) as group:
         served = await all_logits(group, PROMPTS)
     for prompt, logits in zip(PROMPTS, served, strict=True):

@@ -1,0 +1,24 @@
+/* What the two AMX files share: the shapes of tiles and how values get into them. */
+#ifndef CONCLAVE_AMX_TILES_H
+#define CONCLAVE_AMX_TILES_H
+
+#include "dense.h"
+#include "transpose.h"
+
+#define DEPTH 32 /* values along K in a tile */
+#define TILE 16  /* outputs, or rows, in a tile */
+
+/* An even number: 64 int8 values become two tiles, of those at even and at odd places. */
+static inline i64 tiles_along(i64 width) { return (width + 2 * DEPTH - 1) / (2 * DEPTH) * 2; }
+
+/* Rows in each tile of activations. */
+static inline i64 tile_rows(i64 rows) { return rows < TILE ? rows : TILE; }
+
+/* 32 values, or the first n of them with zeros behind. */
+static inline __m512i read_values(const uint16_t *p, i64 n)
+{
+    __mmask32 mask = n >= DEPTH ? ~(__mmask32)0 : n > 0 ? ((__mmask32)1 << n) - 1 : 0;
+    return _mm512_maskz_loadu_epi16(mask, p);
+}
+
+#endif

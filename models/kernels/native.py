@@ -1,0 +1,123 @@
+"""The C functions as functions of tensors."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from models.interface import ExpertWeights
+from models.kernels.choice import TORCH, resolve_kernels
+from models.kernels.library import VARIANTS, Variant, load
+
+# The numbers are those of `enum type` in vector.h.
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+
+_INT, _I64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+
+
+class NativeKernels:
+    """Products on the CPU in one order per output, whatever the rows and threads.
+
+    All tensors are on the CPU; weights are contiguous and of the activations' dtype or int8.
+    """
+
+    def __init__(self, variant: Variant) -> None:
+        """Raises KernelsUnavailable."""
+        self.name = variant.name
+        library = load(variant)
+        self._linear = library.conclave_linear
+        self._linear.argtypes = [_POINTER, _I64, _I64, _INT, _POINTER, _POINTER, _POINTER, _INT]
+        self._linear.argtypes += [_I64, _POINTER, _INT]
+        self._experts = library.conclave_experts
+        self._experts.argtypes = [_POINTER, _I64, _I64, _INT, _INT, _POINTER, _I64, _POINTER, _INT]
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """(x·weightᵀ)·scale + bias: [R, K] x [N, K] → [R, N], any R; scale [N] is float32."""
+        x = x.contiguous()
+        (rows, width), outputs = x.shape, weight.shape[0]
+        _check(x, weight, scale)
+        assert bias is None or bias.dtype == x.dtype, (bias, x.dtype)
+        out = x.new_empty(rows, outputs)
+        failed = self._linear(
+            x.data_ptr(),
+            rows,
+            width,
+            _TYPES[x.dtype],
+            weight.data_ptr(),
+            _address(scale),
+            _address(bias),
+            _TYPES[weight.dtype],
+            outputs,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a product of {rows} rows of {width}")
+        return out
+
+    def experts(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
+        """silu(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ: [n, D] → [n, D].
+
+        `groups` says whose the rows are: so many of the first expert, then of the second, ...
+        """
+        if not groups:
+            return torch.empty_like(x)
+        x = x.contiguous()
+        fields: list[int | None] = []
+        for w, rows in groups:
+            _check(x, w.gate, w.gate_scale)
+            _check(x, w.up, w.up_scale)
+            assert w.down.is_contiguous(), w.down.stride()
+            fields += w.gate.data_ptr(), w.up.data_ptr(), w.down.data_ptr()
+            fields += _address(w.gate_scale), _address(w.up_scale), _address(w.down_scale), rows
+        first = groups[0][0].gate
+        out = torch.empty_like(x)
+        failed = self._experts(
+            x.data_ptr(),
+            x.shape[1],
+            first.shape[0],
+            _TYPES[x.dtype],
+            _TYPES[first.dtype],
+            (_I64 * len(fields))(*[field or 0 for field in fields]),
+            len(groups),
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        if failed:
+            raise MemoryError(f"no memory for the experts of {len(x)} rows")
+        return out
+
+
+_chosen: list[NativeKernels | None] = []
+"""Empty until the first choice."""
+
+
+def use_kernels(choice: str) -> None:
+    """Compute with these from now on in this process. Raises ValueError where they are not here."""
+    name = resolve_kernels(choice)
+    variants = {variant.name: variant for variant in VARIANTS}
+    _chosen[:] = [None if name == TORCH else NativeKernels(variants[name])]
+
+
+def native_kernels(dtype: torch.dtype, device: torch.device) -> NativeKernels | None:
+    """The native kernels where they serve activations of this kind; None: PyTorch does."""
+    if not _chosen:
+        use_kernels("auto")
+    return _chosen[0] if device.type == "cpu" and dtype in _TYPES else None
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _check(x: Tensor, weight: Tensor, scale: Tensor | None) -> None:
+    """A pointer says nothing of what it points to: the last place to look."""
+    assert weight.shape[1] == x.shape[1], (weight.shape, x.shape)
+    assert weight.is_contiguous(), weight.stride()
+    assert weight.dtype == (x.dtype if scale is None else torch.int8), (weight.dtype, x.dtype)
+    assert scale is None or scale.is_contiguous(), "scales lie one after another"

@@ -1,0 +1,86 @@
+"""RMSNorm and rotary kernels against float64; a row's bits are its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from models.kernels import rowops
+from tests.models.test_native_attention import VARIANTS
+
+ERROR = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+dtypes = st.sampled_from(sorted(ERROR, key=str))
+row_counts = st.sampled_from([1, 2, 5, 17, 300])
+seeds = st.integers(0, 1 << 30)
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def randn(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def misaligned(rows: Tensor) -> Tensor:
+    """The same rows apart, and one element off any vector boundary."""
+    wide = rows.new_zeros(rows.shape[0], rows[0].numel() + 3)
+    wide[:, 1:-2] = rows.flatten(1)
+    return wide[:, 1:-2].view(rows.shape)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(VARIANTS),
+    dtypes,
+    row_counts,
+    st.sampled_from([1, 7, 8, 16, 33, 64, 100, 129, 513, 2048]),
+    seeds,
+)
+def test_rms_norm(variant: str, dtype: torch.dtype, rows: int, width: int, seed: int) -> None:
+    x, weight = (3 * randn(seed, rows, width)).to(dtype), randn(seed + 1, width).to(dtype)
+    torch.set_num_threads(2)
+    out = rowops.rms_norm(variant, x, weight, 1e-3)
+    wide = x.double()
+    normed = wide / torch.sqrt((wide * wide).mean(-1, keepdim=True) + 1e-3)
+    torch.testing.assert_close(
+        out.double(), normed * weight.double(), atol=ERROR[dtype], rtol=ERROR[dtype]
+    )
+    torch.set_num_threads(1)
+    row = seed % rows
+    alone = rowops.rms_norm(variant, misaligned(x)[row : row + 1], weight, 1e-3)
+    assert torch.equal(alone[0], out[row])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(VARIANTS),
+    dtypes,
+    row_counts,
+    st.tuples(st.sampled_from([1, 3, 8]), st.sampled_from([2, 8, 10, 32, 66, 128])),
+    seeds,
+)
+def test_rotate(
+    variant: str, dtype: torch.dtype, rows: int, shape: tuple[int, int], seed: int
+) -> None:
+    heads, width = shape
+    x = randn(seed, rows, heads, width).to(dtype)
+    angles = 10 * randn(seed + 1, rows, 1, width // 2).double()
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    torch.set_num_threads(2)
+    out = rowops.rotate(variant, x, cos, sin)
+    turned = torch.complex(*x.double().chunk(2, -1)) * torch.complex(cos.double(), sin.double())
+    expected = torch.cat([turned.real, turned.imag], -1)
+    torch.testing.assert_close(out.double(), expected, atol=4 * ERROR[dtype], rtol=ERROR[dtype])
+    torch.set_num_threads(1)
+    row = slice(seed % rows, seed % rows + 1)
+    alone = rowops.rotate(variant, misaligned(x)[row], cos[row], sin[row])
+    assert torch.equal(alone, out[row])
