@@ -102,7 +102,7 @@ class ScriptedEngine:
         self.transport.wake()
         return self._results.get(timeout=60)
 
-    def reset(self, epoch: int) -> None:
+    def reset(self, epoch: int, *, keep_cache: bool = False) -> None:
         self.epoch = epoch
         self.ready.set()
 

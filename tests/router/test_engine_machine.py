@@ -66,6 +66,12 @@ class Driver(Ingress):
         plan = self.core.schedule()
         if plan is not None:
             self.core.check_invariants()
+            for row in plan.scheduled:
+                admit = self.open[row.seq_id]  # KeyError: computed for nobody
+                most = min(
+                    len(admit.prompt) + admit.sampling.max_tokens, self.core.limits.max_model_len
+                )
+                assert row.length < most or not admit.sampling.max_tokens, "after the last token"
             self.stages.submit(plan)
         return plan is not None
 

@@ -69,6 +69,11 @@ class SlotsMachine(Machine):
         assert slot not in [other for _, other in self.kept], "two snapshots in one slot"
         self.kept.append((key, slot))
 
+    @rule(slot=st.integers(0, 10))
+    def discard(self, slot: int) -> None:
+        self.snapshots.discard(slot)
+        self.kept = [entry for entry in self.kept if entry[1] != slot]
+
     @precondition(lambda self: self.kept)
     @rule(which=indices)
     def use(self, which: int) -> None:
