@@ -32,20 +32,14 @@ def microseconds(call: Callable[[Tensor], object], weights: list[Tensor], repeat
     return best * 1e6
 
 
-def read_bandwidth() -> float:
-    """Bytes per second of reading memory, as a sum over float32."""
-    memory = [torch.ones(_COLD_BYTES // 64) for _ in range(16)]
-    return memory[0].nbytes / microseconds(torch.sum, memory, 64) * 1e6
-
-
 def tiled(x: Tensor, weight: Tensor) -> Tensor:
     """The product without native kernels."""
     use_kernels(TORCH)
     return linear(pad_rows(x), weight)[: x.shape[0]]
 
 
-def compare(shape: tuple[int, int], dtype: torch.dtype, rows: int, ceiling: float) -> None:
-    """One line: microseconds of each, and what part of the read bandwidth native ones reach."""
+def compare(shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
+    """One line: microseconds of each, and how fast the native ones read and multiply."""
     width, outputs = shape
     count = max(2, _COLD_BYTES // (width * outputs * dtype.itemsize))
     repeats = 2 * count if rows <= 64 else max(5, count // 8)
@@ -62,11 +56,11 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, rows: int, ceiling: floa
     del weights
     int8 = [values.clone() for _ in range(count)]
     small = microseconds(lambda w: native.linear(x, w, None, scale), int8, repeats)
-    reached = weight.nbytes / ours * 1e6 / ceiling
+    read = weight.nbytes / ours / 1e3
     flops = 2 * rows * width * outputs / ours / 1e3
     print(
         f"{width:5}x{outputs:<5} {rows:5} {plain:9.0f} {in_tiles:10.0f} {ours:8.0f}"
-        f" {reached:6.0%} {flops:8.0f} {small:8.0f}"
+        f" {read:6.1f} {flops:8.0f} {small:8.0f}"
     )
 
 
@@ -79,14 +73,13 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    ceiling = read_bandwidth()
-    print(f"{args.dtype}, {args.threads} threads, kernels {resolve_kernels('native')},", end=" ")
-    print(f"reading {ceiling / 1e9:.1f} GB/s; microseconds")
-    print("      shape  rows  F.linear  row tiles   native  read  GFLOP/s     int8")
+    kernels = resolve_kernels("native")
+    print(f"{args.dtype}, {args.threads} threads, kernels {kernels}; microseconds")
+    print("      shape  rows  F.linear  row tiles   native   GB/s  GFLOP/s     int8")
     for shape in args.shapes:
         width, outputs = (int(size) for size in shape.split("x"))
         for rows in args.rows:
-            compare((width, outputs), getattr(torch, args.dtype), rows, ceiling)
+            compare((width, outputs), getattr(torch, args.dtype), rows)
 
 
 if __name__ == "__main__":

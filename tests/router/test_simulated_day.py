@@ -93,4 +93,4 @@ def test_every_request_ends_with_the_tokens_it_has_alone(kind: str, num_requests
     assert load.preemptions > 0, "memory must be short"
     assert load.prefix_hit_tokens > 0.02 * load.prefix_tokens
     # The documented bound on waiting: overtakes, and those already chosen when it was reached.
-    assert max(watch.overtaken.values()) <= MAX_OVERTAKES + limits.num_seats
+    assert max(watch.overtaken.values()) <= MAX_OVERTAKES - 1 + limits.num_seats
