@@ -52,8 +52,7 @@ class BlockManager:
         blocks = [self._free.popitem(last=False)[0] for _ in range(num)]
         for block in blocks:
             self._holders[block] = 1
-            if block in self._key_of:
-                del self._block_of[self._key_of.pop(block)]
+            self.forget(block)
         return blocks
 
     def publish(self, block: int, key: bytes) -> None:
@@ -62,6 +61,11 @@ class BlockManager:
         if key not in self._block_of and block not in self._key_of:
             self._key_of[block] = key
             self._block_of[key] = block
+
+    def forget(self, block: int) -> None:
+        """A block's content may not be found any more."""
+        if block in self._key_of:
+            del self._block_of[self._key_of.pop(block)]
 
     def find(self, keys: Sequence[bytes], reach: int | None = None) -> list[int]:
         """Blocks of a beginning of `keys`, as long as can be, whose content is here.

@@ -170,12 +170,13 @@ class EngineCore:
                 self._end(seq)
             elif sampled is not None:
                 tokens.append(self._emit(seq, sampled))
-            elif not seq.continues and not seq.num_pending:
+            elif not seq.continues and seq.num_computed == seq.length:
                 tokens.append(self._close(seq, FinishReason.LENGTH))
         return tuple(tokens)
 
     def _emit(self, seq: Sequence, sampled: Sampled) -> Token:
         if sampled.token_id == NO_TOKEN:
+            self._scheduler.cache.distrust(seq)
             return self._close(seq, FinishReason.ERROR)
         seq.tokens.append(sampled.token_id)
         finish = seq.finish_reason
@@ -192,13 +193,19 @@ class EngineCore:
             logprob=sampled.logprob,
             top_logprobs=sampled.top_logprobs,
             finish=finish,
-            num_cached=seq.num_hit if seq.num_emitted == 1 else 0,
+            num_cached=seq.num_hit or 0 if seq.num_emitted == 1 else 0,
         )
 
     def _close(self, seq: Sequence, finish: FinishReason) -> Token:
         """The end of a sequence without a further token."""
         self._end(seq)
-        return Token(seq_id=seq.seq_id, position=seq.num_emitted, token_id=NO_TOKEN, finish=finish)
+        return Token(
+            seq_id=seq.seq_id,
+            position=seq.num_emitted,
+            token_id=NO_TOKEN,
+            finish=finish,
+            num_cached=0 if seq.num_emitted else seq.num_hit or 0,
+        )
 
     def _end(self, seq: Sequence) -> None:
         """Nothing more of it is wanted; it goes when the steps that still write it are back."""

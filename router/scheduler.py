@@ -84,8 +84,10 @@ class Scheduler:
             return None
         started = self._make_way(step_id)
         continued = self._continue_running(step_id, len(started))
-        decodes = [seq for seq in continued if seq.num_pending == 1]
-        prefills = [*started, *(seq for seq in continued if seq.num_pending > 1)]
+        decodes: list[Sequence] = []
+        prefills = started.copy()
+        for seq in continued:
+            (decodes if seq.num_pending == 1 else prefills).append(seq)
         prefills.sort(key=lambda s: s.rank)
         budget = self.limits.max_num_batched_tokens - len(decodes)
         more = self._start_waiting(step_id, budget, prefills, num_in_flight)
@@ -233,7 +235,8 @@ class Scheduler:
         self.cache.start(seq, match)
         self.num_started_tokens += seq.length
         self.num_hit_tokens += match.num_tokens
-        seq.num_hit = match.num_tokens
+        if seq.num_hit is None:
+            seq.num_hit = match.num_tokens
         self.running[seq.seq_id] = seq
         self._take_off(seq, step_id)
         overtaken = [other for other in self.waiting if other.arrival < seq.arrival]

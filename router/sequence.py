@@ -40,10 +40,10 @@ class Sequence:
     `num_in_flight` steps hold a row of it: they compute `num_ahead` tokens and sample
     `num_coming`. It has `ended` when its last token is out, or its client gone, before them.
 
-    `keys` name its full blocks, of which `num_published` can be found by others. Of the
-    `start_length` tokens known when it last started, `num_hit` were in the cache; `num_dropped`
-    blocks lie behind its window. `marks` are positions where its recurrent state is worth a
-    snapshot; `rolling` is its latest one behind the prefill.
+    `keys` name its full blocks, of which `num_published` can be found by others, if it `publishes`
+    at all. It last started with `start_length` known tokens; when it first started, `num_hit` were
+    in the cache. `num_dropped` blocks lie behind its window. `marks` are positions where its
+    recurrent state is worth a snapshot; `rolling` is its latest one behind the prefill.
     """
 
     seq_id: int
@@ -57,7 +57,8 @@ class Sequence:
     cache_salt: str = ""
     keys: PrefixKeys | None = None
     num_published: int = 0
-    num_hit: int = 0
+    publishes: bool = True
+    num_hit: int | None = None
     num_dropped: int = 0
     start_length: int = 0
     marks: set[int] = field(default_factory=set)
@@ -89,6 +90,8 @@ class Sequence:
             arrival=arrival,
             want=admit.want,
             cache_salt=admit.cache_salt,
+            # Where nothing is sampled nobody sees whether the numbers are finite.
+            publishes=max_tokens > 0,
         )
 
     @property
@@ -125,23 +128,24 @@ class Sequence:
     def tier(self) -> tuple[bool, int]:
         """Lower may take resources from higher; the often overtaken are above all priorities, and
         equal among themselves."""
-        aged = self.overtaken >= MAX_OVERTAKES
-        return (not aged, 0 if aged else self.priority)
+        return self.rank[:2]
 
     @property
     def rank(self) -> tuple[bool, int, int]:
         """Total order of who goes first: tier, then arrival."""
-        return (*self.tier, self.arrival)
+        aged = self.overtaken >= MAX_OVERTAKES
+        return (not aged, 0 if aged else self.priority, self.arrival)
 
     @property
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence has ended with its last emitted token; None while it goes on."""
-        if not self.num_emitted:
+        length, sampling = len(self.tokens), self.sampling
+        num_emitted = length - self.num_prompt
+        if not num_emitted:
             return None
-        sampling = self.sampling
-        if self.num_emitted >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
+        if num_emitted >= sampling.min_tokens and self.tokens[-1] in sampling.stop_token_ids:
             return FinishReason.STOP
-        return FinishReason.LENGTH if self.length >= self.max_length else None
+        return FinishReason.LENGTH if length >= self.max_length else None
 
     def introduction(self) -> NewSequence:
         """What the stages must know before its first step here."""
@@ -160,7 +164,7 @@ class Sequence:
         end = start + num_tokens
         new_blocks = tuple(self.blocks[self.num_sent_blocks :])
         self.num_sent_blocks = len(self.blocks)
-        samples = self.continues and end == length
+        samples = end == length and self.continues
         self.num_ahead += num_tokens
         self.num_coming += samples
         token_ids = self.tokens[start:end]

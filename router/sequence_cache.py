@@ -109,7 +109,7 @@ class SequenceCache:
         seq.num_computed, seq.start_length = match.num_tokens, seq.length
         seq.num_published = len(match.blocks)
         keys = self._keys(seq, seq.length)
-        for key in keys[seq.num_published :]:
+        for key in keys[seq.num_published :] if seq.publishes else ():
             self._coming.setdefault(key, seq)
         if not self._recurrent:
             return
@@ -130,27 +130,33 @@ class SequenceCache:
 
     def missing_blocks(self, seq: Sequence) -> int:
         """Blocks that a running sequence's newest tokens need beyond those it holds."""
-        return max(0, self.blocks.blocks_for(seq.planned_length) - len(seq.blocks))
+        return max(0, -(-seq.planned_length // self._limits.block_size) - len(seq.blocks))
 
     def grow(self, seq: Sequence) -> bool:
         """Add the blocks of a running sequence's newest tokens; False when too few are free."""
         missing = self.missing_blocks(seq)
         if missing > self.blocks.num_free:
             return False
-        seq.blocks += self.blocks.allocate(missing)
+        if missing:
+            seq.blocks += self.blocks.allocate(missing)
         return True
 
     def computed(self, seq: Sequence, num_tokens: int) -> None:
         """A step has computed the next tokens: full blocks can be found from now on."""
         seq.num_computed += num_tokens
-        keys = self._keys(seq, min(seq.num_computed, seq.length))
+        known = min(seq.num_computed, len(seq.tokens))
+        if seq.publishes and known // self._limits.block_size > seq.num_published:
+            self._publish(seq, self._keys(seq, known))
+        if self._limits.window is not None:
+            self._drop_behind_window(seq, self._limits.window)
+        if self.snapshots.num_slots and not seq.num_in_flight:
+            self.keep_state(seq)
+
+    def _publish(self, seq: Sequence, keys: list[bytes]) -> None:
         for index in range(seq.num_published, len(keys)):
             self.blocks.publish(seq.blocks[index], keys[index])
             self._forget_coming(seq, keys[index])
         seq.num_published = max(seq.num_published, len(keys))
-        self._drop_behind_window(seq)
-        if not seq.num_in_flight:
-            self.keep_state(seq)
 
     def keep_state(self, seq: Sequence) -> None:
         """Copy the state of a sequence before its next row, if it is worth it.
@@ -158,7 +164,12 @@ class SequenceCache:
         At a block boundary others can find it: where one asked for it, and behind every prefill.
         """
         position = seq.num_planned
-        if not self.snapshots.num_slots or not position or position % self._limits.block_size:
+        if (
+            not seq.publishes
+            or not self.snapshots.num_slots
+            or not position
+            or position % self._limits.block_size
+        ):
             return
         wanted = position in seq.marks
         seq.marks.discard(position)
@@ -172,6 +183,17 @@ class SequenceCache:
         self._ops.append(StateOp(kind=StateOpKind.SNAPSHOT, target=slot, source=seq.slot))
         if not wanted:
             seq.rolling = keys[-1]
+
+    def distrust(self, seq: Sequence) -> None:
+        """What a sequence has published may not be found: its numbers are not finite.
+
+        A kernel may have spread that to tokens a little before the one that it came with.
+        """
+        seq.publishes = False
+        for block in seq.blocks:
+            self.blocks.forget(block)
+        for key in self._keys(seq, seq.length):
+            self.snapshots.forget(key)
 
     def forget_all(self, running: Iterable[Sequence], lost: Iterable[StateOp]) -> None:
         """No sequence is known any more and the operations in `lost` may never have been done;
@@ -194,11 +216,9 @@ class SequenceCache:
         seq.num_published, seq.num_dropped, seq.rolling, seq.start_length = 0, 0, None, 0
         seq.marks.clear()
 
-    def _drop_behind_window(self, seq: Sequence) -> None:
+    def _drop_behind_window(self, seq: Sequence, window: int) -> None:
         """Give up the blocks that no later token of a sequence reads."""
-        if self._limits.window is None:
-            return
-        first_read = max(0, seq.num_computed - self._limits.window + 1)
+        first_read = max(0, seq.num_computed - window + 1)
         for index in range(seq.num_dropped, first_read // self._limits.block_size):
             if seq.blocks[index] != NO_BLOCK:
                 self.blocks.free([seq.blocks[index]])
@@ -226,7 +246,7 @@ class SequenceCache:
         return seq.keys.up_to(seq.tokens, num_tokens)
 
     def _mark(self, seq: Sequence, position: int) -> None:
-        if self.snapshots.num_slots and position > seq.num_computed:
+        if seq.publishes and self.snapshots.num_slots and position > seq.num_computed:
             seq.marks.add(position)
 
     def _forget_coming(self, seq: Sequence, key: bytes) -> None:

@@ -46,9 +46,13 @@ class Snapshots:
         """What a slot was to hold never came: nobody may find it."""
         for key, held in self._slot_of.items():
             if held == slot:
-                del self._slot_of[key]
-                self._free.append(slot)
+                self.forget(key)
                 return
+
+    def forget(self, key: bytes) -> None:
+        """A snapshot may not be found any more."""
+        if key in self._slot_of:
+            self._free.append(self._slot_of.pop(key))
 
     def check_invariants(self) -> None:
         """Every slot is free or holds one snapshot."""

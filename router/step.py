@@ -115,7 +115,7 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
     num_cached: int = 0
-    """First token only: prompt tokens that a cached prefix saved."""
+    """First token, or end without one: prompt tokens that a cached prefix saved."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,6 +58,9 @@ class TokenHistory:
         self._times[slot] += 1
 
 
+_MOST = np.finfo(np.float32).max
+
+
 def process(
     logits: Rows,
     samplings: Sequence[SamplingParams],
@@ -139,7 +142,10 @@ def _bias(rows: Rows, samplings: Iterable[SamplingParams]) -> None:
     biases = [sampling.logit_bias for sampling in samplings]
     at, token_ids = _pairs([[token_id for token_id, _ in bias] for bias in biases])
     values = np.array([value for bias in biases for _, value in bias], np.float32)
-    np.add.at(rows, (at, token_ids), values)  # one by one: an id may come twice
+    before = rows[at, token_ids]
+    with np.errstate(over="ignore"):
+        np.add.at(rows, (at, token_ids), values)  # one by one: an id may come twice
+    rows[at, token_ids] = _finite(rows[at, token_ids], before)
 
 
 def _penalise(
@@ -153,17 +159,24 @@ def _penalise(
     lengths = [len(ids) for ids, _ in seen]
 
     def each(values: Iterable[float]) -> NDArray[np.float32]:
-        return np.repeat(np.array(list(values), np.float32), lengths)
+        within = np.clip(np.array(list(values)), -_MOST, _MOST).astype(np.float32)
+        return np.repeat(within, lengths)
 
     # Rows and ids apart, not one flat index: an id outside the vocabulary must not hit a neighbour.
     at = np.repeat(own, lengths), np.concatenate([ids for ids, _ in seen])
     times = np.concatenate([times for _, times in seen])
     repetition = each(samplings[i].repetition_penalty for i in own)
-    values = rows[at]
-    values = np.where(values > 0, values / repetition, values * repetition)
+    before = rows[at]
+    with np.errstate(over="ignore"):
+        values = np.where(before > 0, before / repetition, before * repetition)
     values -= each(samplings[i].frequency_penalty for i in own) * times
     values -= each(samplings[i].presence_penalty for i in own) * (times > 0)
-    rows[at] = values
+    rows[at] = _finite(values, before)
+
+
+def _finite(values: NDArray[np.float32], before: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`values` within float32's range; what may not be drawn stays -inf."""
+    return np.where(before == -np.inf, before, np.clip(values, -_MOST, _MOST))
 
 
 def _penalises(sampling: SamplingParams, history: TokenHistory) -> bool:

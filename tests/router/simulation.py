@@ -221,7 +221,11 @@ class Ingress:
         assert self.core.num_in_flight == len(self.stages.steps)
         assert self.core.num_in_flight or not self.core.has_work, "work is left and none is done"
         result = executor.poll(0)
-        for token in self.core.apply(result) if result else ():
+        computed = [] if result is None else self.core.apply(result)
+        for token in computed:
+            if token.token_id == NO_TOKEN:
+                known = self.stages.known[token.seq_id]
+                assert len(known.contents) == len(known.tokens), "it ends before its last row"
             assert token.position == len(self.journal[token.seq_id])
             assert self.journal[token.seq_id][-1:] == [] or token.seq_id in self.open
             self.journal[token.seq_id].append(token)

@@ -124,6 +124,14 @@ def test_nothing_is_planned_behind_the_last_token() -> None:
     assert token.finish is FinishReason.LENGTH
 
 
+def test_a_prompt_that_is_not_continued_ends_with_its_last_chunk() -> None:
+    core = core_of(15, max_tokens=0, max_num_batched_tokens=10)
+    first, second = planned(core), planned(core)
+    assert answer(core, first) == ()
+    (token,) = answer(core, second)
+    assert (token.token_id, token.finish) == (NO_TOKEN, FinishReason.LENGTH)
+
+
 def test_nothing_is_planned_behind_the_crossing() -> None:
     core = core_of(4, reprefill_length=5)
     first, second = planned(core), planned(core)

@@ -12,7 +12,9 @@ import pytest
 from router.engine import EngineCore
 from router.limits import EngineLimits
 from router.step import (
+    NO_TOKEN,
     Admit,
+    FinishReason,
     Sampled,
     SamplingParams,
     StateOpKind,
@@ -64,13 +66,24 @@ class Server:
                 emitted.setdefault(token.seq_id, []).append(token.token_id)
         return emitted
 
-    def step(self) -> tuple[Token, ...]:
+    def first(self, prompt: list[int], max_tokens: int) -> Token:
+        """What one sequence hears first."""
+        self.admit(prompt, max_tokens)
+        tokens: tuple[Token, ...] = ()
+        while self.core.has_work:
+            tokens += self.step()
+        return tokens[0]
+
+    def step(self, token_id: int | None = None) -> tuple[Token, ...]:
         """One step and its tokens."""
         plan = self.core.schedule()
         assert plan is not None
         self.plans.append(plan)
         sampled = tuple(
-            Sampled(seq_id=row.seq_id, token_id=row.length % 97)
+            Sampled(
+                seq_id=row.seq_id,
+                token_id=row.length % 97 if token_id is None else token_id,
+            )
             for row in plan.scheduled
             if row.samples
         )
@@ -211,3 +224,28 @@ def test_a_snapshot_that_may_never_have_been_taken_is_forgotten() -> None:
     server.epoch = 1
     assert server.core.load().used_snapshots == 0
     assert server.cost(prompt) == 40
+
+
+@BOTH
+def test_what_is_not_finite_is_found_by_nobody(limits: dict[str, int]) -> None:
+    """Neither what ended with an error, nor what nobody has seen a token of."""
+    prompt = list(range(200))
+    server = Server(**limits)
+    seq_id = server.admit(prompt, max_tokens=4)
+    while not (tokens := server.step(token_id=NO_TOKEN)):
+        pass
+    assert [token.finish for token in tokens] == [FinishReason.ERROR]
+    assert server.cost(prompt) == 200
+    server = Server(**limits)
+    server.admit(prompt, max_tokens=0)
+    server.run()
+    assert server.cost(prompt) == 200
+    assert server.cost(prompt) == 200 - 192
+    assert server.computed(seq_id) == 200
+
+
+def test_the_tokens_that_were_cached_are_those_of_the_first_start() -> None:
+    server = Server(num_blocks=4)
+    assert server.first([*range(32)], max_tokens=1).num_cached == 0
+    assert server.first([*range(32), 7], max_tokens=1).num_cached == 32
+    assert server.first([*range(32), 7], max_tokens=0).num_cached == 32

@@ -16,6 +16,7 @@ from transformers import NoBadWordsLogitsProcessor, RepetitionPenaltyLogitsProce
 
 from router.step import SamplingParams
 from shards.logits_processors import IdRanges, TokenHistory, process
+from shards.sampler import SampleRequest, sample
 from tests.groups import ask, running_group
 from tests.shards import sampling_oracle as oracle
 from tests.tiny import write_tiny
@@ -181,3 +182,28 @@ async def test_a_penalised_answer_is_the_same_on_every_topology(tmp_path: Path) 
         assert expected.token_ids != (await ask(group, PROMPT, plain)).token_ids
     with running_group(folder, stages=2, expert_shards=3) as group:
         assert await ask(group, PROMPT, sampling) == expected
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1e-40},
+        {"repetition_penalty": 1e40},
+        {"logit_bias": ((4, 3e38), (4, 3e38))},
+        {"logit_bias": ((4, -3e38), (4, -3e38))},
+    ],
+)
+def test_what_overflows_stays_allowed(fields: Any, temperature: float) -> None:
+    """Within float32's range, so that what may not be drawn still is not."""
+    allowed = (3, 4, 7)
+    sampling = SamplingParams(
+        max_tokens=9, allowed_token_ids=allowed, temperature=temperature, **fields
+    )
+    history = TokenHistory(PROMPT, EMITTED)
+    logits = torch.tensor(row())[None]
+    request = SampleRequest(seq_id=0, history=history, sampling=sampling)
+    (sampled,) = sample(logits, [request])
+    assert sampled.token_id in allowed
+    values = processed(row(), allowed_token_ids=allowed, **fields)
+    assert np.isfinite(values[list(allowed)]).all()

@@ -36,6 +36,23 @@ async def test_only_the_sequences_that_meet_it_end(
         assert group.load.used_blocks == 0
 
 
+@pytest.mark.parametrize("family", ["phimoe", "jamba"])
+async def test_what_they_began_with_is_not_spoiled(family: str, tmp_path: Path) -> None:
+    """Blocks in front of the bad token may have met it in a kernel's tile."""
+    folder = write_tiny(family, tmp_path)
+    tensors = read_tensors(folder)
+    tensors["model.embed_tokens.weight"][90] = torch.tensor(float("nan"))
+    write_tensors(folder, tensors)
+    shared = tuple(20 + i % 30 for i in range(16))
+    options: dict[str, Any] = {"executor": "local", "max_num_batched_tokens": 13}
+    with running_group(folder, enable_prefix_caching=False, **options) as group:
+        expected = await ask(group, (*shared, 7, 8), GREEDY)
+    with running_group(folder, **options) as group:
+        with pytest.raises(SequenceFailed, match="not finite"):
+            await ask(group, (*shared, 90, 9, 9), GREEDY)
+        assert await ask(group, (*shared, 7, 8), GREEDY) == expected
+
+
 async def test_what_cannot_be_sent_is_refused_alone(tmp_path: Path) -> None:
     with running_group(write_tiny("dbrx", tmp_path), executor="local") as group:
         with pytest.raises(SequenceRefused, match="cannot be sent"):
