@@ -110,8 +110,7 @@ class Scheduler:
 
     def _must_take_back(self) -> bool:
         """Whether a running sequence would have to give way: none can while it is in flight."""
-        running = (seq for seq in self.running.values() if self._goes_on(seq))
-        if sum(map(self.cache.missing_blocks, running)) > self.cache.blocks.num_free:
+        if sum(map(self.cache.missing_blocks, self._ready())) > self.cache.blocks.num_free:
             return True
         first = self.waiting[0] if self.waiting else None
         return (
@@ -120,13 +119,13 @@ class Scheduler:
             and not self._fits(first, self.cache.match(first))
         )
 
-    def _goes_on(self, seq: Sequence) -> bool:
-        """Whether a running sequence may be in the next step.
+    def _ready(self) -> list[Sequence]:
+        """Running sequences that may be in the next step."""
+        running = self.running.values()
+        return [seq for seq in running if not seq.num_in_flight or self._may_follow(seq)]
 
-        With lookahead one in flight may, unless its next token ends it or starts it again.
-        """
-        if not seq.num_in_flight:
-            return True
+    def _may_follow(self, seq: Sequence) -> bool:
+        """With lookahead, unless the token to come ends the sequence or starts it again."""
         if seq.num_in_flight > self.limits.lookahead or seq.ended or not seq.num_pending:
             return False
         next_length = seq.planned_length
@@ -141,8 +140,7 @@ class Scheduler:
         """
         share = -(-len(self.running) // self.limits.max_in_flight) - num_started
         chosen: list[Sequence] = []
-        ready = [seq for seq in self.running.values() if self._goes_on(seq)]
-        for seq in sorted(ready, key=lambda s: (s.last_step, s.rank)):
+        for seq in sorted(self._ready(), key=lambda s: (s.last_step, s.rank)):
             if len(chosen) == share:
                 break
             if seq.status is SequenceStatus.RUNNING and self._grow(seq):

@@ -149,7 +149,8 @@ class SequenceCache:
             self._publish(seq, self._keys(seq, known))
         if self._limits.window is not None:
             self._drop_behind_window(seq, self._limits.window)
-        if self.snapshots.num_slots and not seq.num_in_flight:
+        at_boundary = not seq.num_computed % self._limits.block_size
+        if at_boundary and self.snapshots.num_slots and not seq.num_in_flight:
             self.keep_state(seq)
 
     def _publish(self, seq: Sequence, keys: list[bytes]) -> None:
