@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.model_facts import ModelFacts, model_facts
+from models.kernels.choice import wanted_kernels
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.cache_budget import (
@@ -83,6 +84,10 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     from shards.checkpoint import open_model
     from shards.verify import verify
 
+    try:
+        wanted_kernels()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)

@@ -22,9 +22,9 @@ def resolve_kernels(choice: str = "auto") -> str:
     had.
     """
     if choice == "auto":
-        choice = os.environ.get(VARIABLE) or "auto"
+        choice = wanted_kernels()
     if choice not in CHOICES:
-        raise ValueError(f"kernels={choice}: allowed values are {', '.join(CHOICES)}")
+        raise ValueError(_refusal("kernels", choice))
     if choice == TORCH:
         return TORCH
     reason = "they are for x86-64 processors with AVX2 or better"
@@ -39,6 +39,18 @@ def resolve_kernels(choice: str = "auto") -> str:
         raise ValueError(f"kernels={choice}: native kernels cannot be used here: {reason}")
     log.warning("native kernels are not used, PyTorch computes instead: %s", reason)
     return TORCH
+
+
+def wanted_kernels() -> str:
+    """What the environment asks for; auto where it says nothing. Raises ValueError."""
+    choice = os.environ.get(VARIABLE) or "auto"
+    if choice not in CHOICES:
+        raise ValueError(_refusal(VARIABLE, choice))
+    return choice
+
+
+def _refusal(name: str, choice: str) -> str:
+    return f"{name}={choice}: allowed values are {', '.join(CHOICES)}"
 
 
 def _candidates(choice: str) -> tuple[Variant, ...]:

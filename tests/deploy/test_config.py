@@ -186,3 +186,11 @@ def test_dense_jamba_has_no_expert_actors(tmp_path: Path) -> None:
     assert _placement(parse_args({"model": "m", "stages": 2}), dense) is None
     with pytest.raises(ConfigError, match="expert_shards=2"):
         _placement(parse_args({"model": "m", "expert_shards": 2}), dense)
+
+
+def test_kernels_that_do_not_exist_fail_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("CONCLAVE_KERNELS", "fast")
+    with pytest.raises(ConfigError, match="CONCLAVE_KERNELS=fast: allowed values are auto, native"):
+        resolved()

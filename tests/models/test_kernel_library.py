@@ -176,7 +176,7 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "torch")
     assert resolve_kernels() == "torch"
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(ValueError, match="kernels=fast: allowed values are auto, native, torch"):
+    with pytest.raises(ValueError, match="CONCLAVE_KERNELS=fast: allowed values are auto, native"):
         resolve_kernels()
 
 
