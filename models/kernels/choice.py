@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from models.kernels.library import VARIANTS, KernelsUnavailable, Variant, load, supported_variants
+from models.kernels.variants import VARIANTS, KernelsUnavailable, Variant, load, supported_variants
 
 log = logging.getLogger("conclave.kernels")
 

@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from models.kernels.library import VARIANTS, load
+from models.kernels.variants import VARIANTS, load
 
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers are those of `enum type` in vector.h."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.interface import ExpertWeights
 from models.kernels.choice import TORCH, resolve_kernels
-from models.kernels.library import VARIANTS, Variant, load
+from models.kernels.variants import VARIANTS, Variant, load
 
 # The numbers are those of `enum type` in vector.h.
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}

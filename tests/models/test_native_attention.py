@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.interface import KVCache
 from models.kernels.attention import PagedBatch
-from models.kernels.library import KernelsUnavailable, load, supported_variants
+from models.kernels.variants import KernelsUnavailable, load, supported_variants
 from tests.models.test_attention import meta_of, textbook
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.002}

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.interface import ExpertWeights
-from models.kernels.library import KernelsUnavailable, Variant, supported_variants
 from models.kernels.native import NativeKernels
+from models.kernels.variants import KernelsUnavailable, Variant, supported_variants
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ERROR = {torch.float32: 3e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.kernels import library
+from models.kernels import variants
 from models.kernels.choice import VARIABLE, resolve_kernels
-from models.kernels.library import VARIANTS, KernelsUnavailable, Variant, supported_variants
 from models.kernels.native import native_kernels, use_kernels
+from models.kernels.variants import VARIANTS, KernelsUnavailable, Variant, supported_variants
 from models.layers.rowwise import linear, row_tile
 
 needs_compiler = pytest.mark.skipif(
@@ -34,7 +34,7 @@ def sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
         'int __attribute__((visibility("default"))) conclave_ready(int tiles) { return ANSWER; }\n'
     )
     (folder / "answer.h").write_text("#define ANSWER 1\n")
-    monkeypatch.setattr(library, "_SOURCES", folder)
+    monkeypatch.setattr(variants, "_SOURCES", folder)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
@@ -44,11 +44,11 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Nothing is remembered of the real machine, nor of this test afterwards."""
     chosen = os.environ.get(VARIABLE)
     monkeypatch.delenv(VARIABLE, raising=False)
-    library.load.cache_clear()
-    library._cpu_flags.cache_clear()
+    variants.load.cache_clear()
+    variants._cpu_flags.cache_clear()
     yield
-    library.load.cache_clear()
-    library._cpu_flags.cache_clear()
+    variants.load.cache_clear()
+    variants._cpu_flags.cache_clear()
     monkeypatch.undo()
     use_kernels(chosen or "auto")
 
@@ -65,37 +65,37 @@ def files_of(folder: Path) -> list[Path]:
 def test_it_is_compiled_once(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = library.build(anything())
+    path = variants.build(anything())
     assert files_of(tmp_path / "cache") == [path]
     assert path.parent.stat().st_mode & 0o777 == 0o700
-    assert library.load(anything()).conclave_ready(0) == 1
-    monkeypatch.setattr(library, "_compile", pytest.fail)
-    assert library.build(anything()) == path
+    assert variants.load(anything()).conclave_ready(0) == 1
+    monkeypatch.setattr(variants, "_compile", pytest.fail)
+    assert variants.build(anything()) == path
 
 
 @needs_compiler
 def test_whatever_decides_the_bytes_makes_another_library(sources: Path) -> None:
-    first = library.build(anything())
+    first = variants.build(anything())
     (sources / "answer.h").write_text("#define ANSWER 2\n")
-    second = library.build(anything())
-    third = library.build(Variant(name="any", needs=frozenset(), flags=("-g",)))
+    second = variants.build(anything())
+    third = variants.build(Variant(name="any", needs=frozenset(), flags=("-g",)))
     assert len({first, second, third}) == 3
-    assert library.load(anything()).conclave_ready(0) == 2
+    assert variants.load(anything()).conclave_ready(0) == 2
 
 
 @needs_compiler
 def test_workers_build_at_the_same_time(sources: Path, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        paths = set(pool.map(lambda _: library.build(anything()), range(4)))
+        paths = set(pool.map(lambda _: variants.build(anything()), range(4)))
     assert files_of(tmp_path / "cache") == list(paths)
 
 
 @needs_compiler
 def test_what_others_could_have_written_is_not_loaded(sources: Path) -> None:
-    path = library.build(anything())
+    path = variants.build(anything())
     path.write_bytes(b"not ours")
     path.chmod(0o722)
-    assert library.build(anything()) == path
+    assert variants.build(anything()) == path
     assert path.read_bytes() != b"not ours"
 
 
@@ -108,24 +108,24 @@ def test_a_folder_that_others_can_write_to_is_not_used(
     private = tmp_path / "home"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", str(private))
-    assert library.cache_folder() == private / ".cache" / "conclave" / "kernels"
+    assert variants.cache_folder() == private / ".cache" / "conclave" / "kernels"
     link = tmp_path / "link" / "conclave"
     link.mkdir(parents=True)
     (link / "kernels").symlink_to(private)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "link"))
-    assert library.cache_folder() == private / ".cache" / "conclave" / "kernels"
+    assert variants.cache_folder() == private / ".cache" / "conclave" / "kernels"
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("HOME", str(tmp_path / "file"))
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path / "file"))
     with pytest.raises(KernelsUnavailable, match="no private folder"):
-        library.cache_folder()
+        variants.cache_folder()
 
 
 def supported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: frozenset[str]) -> None:
     """Pretend that the processor has these flags."""
     file = tmp_path / "cpuinfo"
     file.write_text(f"processor : 0\nflags\t\t: {' '.join(sorted(flags))}\n")
-    monkeypatch.setattr(library, "_CPU_FILE", file)
+    monkeypatch.setattr(variants, "_CPU_FILE", file)
 
 
 @pytest.mark.parametrize("missing", ["compiler", "broken compiler", "processor"])
@@ -164,10 +164,10 @@ def test_the_best_variant_that_works_is_chosen(
     sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for variant in VARIANTS:
-        library._cpu_flags.cache_clear()
+        variants._cpu_flags.cache_clear()
         supported(monkeypatch, tmp_path, variant.needs)
         assert resolve_kernels() == resolve_kernels("native") == variant.name
-    library.load.cache_clear()
+    variants.load.cache_clear()
     with pytest.raises(ValueError, match=r"kernels=amx: .*this processor has no amx_bf16"):
         resolve_kernels("amx")
 
