@@ -10,10 +10,10 @@ from torch import Tensor
 
 from models.interface import ExpertWeights
 from models.kernels.choice import TORCH, resolve_kernels
+from models.kernels.functions import ELEMENT_TYPES
 from models.kernels.variants import VARIANTS, Variant, load
 
-# The numbers are those of `enum type` in vector.h.
-_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
+_TYPES = {**ELEMENT_TYPES, torch.int8: 3}
 
 _INT, _I64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -108,7 +108,7 @@ def native_kernels(dtype: torch.dtype, device: torch.device) -> NativeKernels | 
     """The native kernels where they serve activations of this kind; None: PyTorch does."""
     if not _chosen:
         use_kernels("auto")
-    return _chosen[0] if device.type == "cpu" and dtype in _TYPES else None
+    return _chosen[0] if device.type == "cpu" and dtype in ELEMENT_TYPES else None
 
 
 def _address(tensor: Tensor | None) -> int | None:
