@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from benchmarks.plain_operators import plain_operators
 from models.registry import load_config
 from router.engine import EngineCore
 from router.limits import EngineLimits
-from router.step import Admit, SamplingParams
+from router.step import Admit, SamplingParams, Want
 from shards.local_executor import LocalExecutor
 
 Prompts = Sequence[Sequence[int]]
@@ -26,12 +27,18 @@ MAX_BATCHED_TOKENS = 512
 @dataclass
 class Timed:
     """What one batch took: seconds until every first token and after it, how many tokens came
-    after it, and the seconds of each step that went into planning."""
+    after it, and the seconds of each step that went into planning.
+
+    Of the engine also, by sequence: seconds to each token, the tokens, their log probabilities.
+    """
 
     prefill: float = 0.0
     decode: float = 0.0
     decoded: int = 0
     planning: list[float] = field(default_factory=list)
+    times: list[list[float]] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
+    logprobs: list[list[float]] = field(default_factory=list)
 
 
 class Engine:
@@ -39,42 +46,93 @@ class Engine:
 
     name = "engine"
 
-    def __init__(self, folder: Path, max_num_seqs: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_num_seqs: int,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        max_batched_tokens: int = MAX_BATCHED_TOKENS,
+        max_tokens: int = 16384,
+        num_blocks: int = 4096,
+    ) -> None:
+        """`max_tokens` is the longest prompt with its answer."""
         config = load_config(folder)
         kinds = {config.cache_shape(i).kind for i in range(config.num_layers)}
         self.limits = EngineLimits(
             block_size=BLOCK_SIZE,
-            num_blocks=4096,
+            num_blocks=num_blocks,
             num_state_slots=max_num_seqs if "state" in kinds else 0,
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=MAX_BATCHED_TOKENS,
-            max_model_len=16384,
+            max_num_batched_tokens=max_batched_tokens,
+            max_model_len=max_tokens,
             prefix_caching=True,
             num_snapshots=8,
         )
-        self._executor = LocalExecutor(config, folder, torch.bfloat16, self.limits)
+        self._executor = LocalExecutor(config, folder, dtype, self.limits)
         self._epoch = 0
 
-    def run(self, prompts: Prompts, num_tokens: int, *, cold: bool = True) -> Timed:
+    def run(
+        self,
+        prompts: Prompts,
+        num_tokens: int,
+        *,
+        cold: bool = True,
+        logprobs: int | None = None,
+    ) -> Timed:
         """Generate `num_tokens` for each prompt; `cold` forgets every prefix first."""
         if cold:
-            self._epoch += 1
-            self._core = EngineCore(self.limits)
-            self._core.reset(self._epoch)
-            self._next_id = 0
+            self._forget()
         for prompt in prompts:
             self._next_id += 1
             admit = Admit(
                 seq_id=self._next_id,
                 epoch=self._epoch,
                 prompt=tuple(prompt),
-                sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0),
+                sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, logprobs=logprobs),
             )
             assert self._core.admit(admit) is None
         return self._loop(len(prompts))
 
+    def last_gates(self, prompts: Prompts) -> dict[str, torch.Tensor]:
+        """By MoE layer, the gate's scores of each prompt's last token: [prompts, E] float32."""
+        self._forget()
+        rows: dict[str, list[torch.Tensor]] = {}
+        for seq_id, prompt in enumerate(prompts, 1):
+            nothing = SamplingParams(max_tokens=0)
+            admit = Admit(
+                seq_id=seq_id,
+                epoch=self._epoch,
+                prompt=tuple(prompt),
+                sampling=nothing,
+                want=Want(router_logits=True),
+            )
+            assert self._core.admit(admit) is None
+        while self._core.has_work:
+            plan = self._core.schedule()
+            assert plan is not None
+            self._executor.submit(plan)
+            result = self._executor.poll(None)
+            assert result is not None
+            for wanted in result.wanted:
+                scores = np.frombuffer(wanted.data, dtype=wanted.dtype).reshape(wanted.shape)
+                if wanted.start + len(scores) == len(prompts[wanted.seq_id - 1]):
+                    rows.setdefault(wanted.name, []).append(torch.from_numpy(scores[-1].copy()))
+            self._core.apply(result)
+        return {name: torch.stack(last) for name, last in rows.items()}
+
+    def _forget(self) -> None:
+        self._epoch += 1
+        self._core = EngineCore(self.limits)
+        self._core.reset(self._epoch)
+        self._next_id = 0
+
     def _loop(self, num_sequences: int) -> Timed:
         timed, first_tokens = Timed(), 0
+        first_id = self._next_id - num_sequences + 1
+        timed.times, timed.tokens, timed.logprobs = (
+            [[] for _ in range(num_sequences)] for _ in range(3)
+        )
         begin = time.perf_counter()
         while self._core.has_work:
             planning = time.perf_counter()
@@ -87,6 +145,13 @@ class Engine:
             planning = time.perf_counter()
             tokens = self._core.apply(result)
             timed.planning.append(planned + time.perf_counter() - planning)
+            now = time.perf_counter() - begin
+            for token in tokens:
+                sequence = token.seq_id - first_id
+                timed.times[sequence].append(now)
+                timed.tokens[sequence].append(token.token_id)
+                if token.logprob is not None:
+                    timed.logprobs[sequence].append(token.logprob)
             if timed.prefill:
                 timed.decoded += len(tokens)
             first_tokens += sum(token.position == 0 for token in tokens)

@@ -25,7 +25,7 @@ from benchmarks.contestants import (
     PlainEngine,
     Timed,
 )
-from benchmarks.mid_checkpoints import CONFIGS, write_mid
+from benchmarks.mid_checkpoints import MID, write_checkpoint
 from benchmarks.plain_operators import print_costs_of_products
 
 MOST_PLANNING_MS = 0.3
@@ -50,7 +50,7 @@ def compare(family: str, args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        parameters = write_mid(family, folder)
+        parameters = write_checkpoint("mid", family, folder)
         print(f"\n{family}: {parameters / 1e9:.2f} B parameters, bfloat16; {load_line()}")
         engine, generate = Engine(folder, max(args.batches)), Generate(folder)
         contestants = [engine, PlainEngine(engine), generate, ContinuousBatching(generate.model)]
@@ -121,7 +121,7 @@ def first_token(engine: Engine, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--families", nargs="+", default=list(CONFIGS), choices=list(CONFIGS))
+    parser.add_argument("--families", nargs="+", default=list(MID), choices=list(MID))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=17)
