@@ -29,9 +29,10 @@ def command(engine: str, python: Path, folder: Path, port: int, options: Options
     """How each server is started: its defaults, but for threads and room for the requests."""
     batch, length = max(options.batches), max(options.prompts) + options.tokens + 16
     if engine == "conclave":
-        return [str(python), "-m", "deploy.cli", "serve", str(folder), "--port", str(port), "--executor", "local",
-                "--threads", str(options.threads), "--max-num-seqs", str(batch),
-                "--max-model-len", str(length), "--no-enable-prefix-caching",
+        return [str(python), "-m", "deploy.cli", "serve", str(folder), "--port", str(port),
+                "--executor", "local", "--threads", str(options.threads),
+                "--max-num-seqs", str(batch), "--max-model-len", str(length),
+                "--no-enable-prefix-caching",
                 "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]  # fmt: skip
     if engine == "vllm":
         return [str(python), "-m", "benchmarks.peers.vllm_server", "--model", str(folder),
