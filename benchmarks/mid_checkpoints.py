@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +106,23 @@ CONFIGS = {"mid": MID, "tiny": {name: {**MID[name], **_TINY[name]} for name in M
 """config.json by size and family."""
 
 
-def write_checkpoint(size: str, family: str, folder: Path, seed: int = 0) -> int:
-    """Write config.json and model.safetensors; returns the number of parameters."""
-    raw = {**CONFIGS[size][family], "torch_dtype": "bfloat16", "tie_word_embeddings": False}
+def write_checkpoint(
+    size: str,
+    family: str,
+    folder: Path,
+    seed: int = 0,
+    changes: Mapping[str, Any] | None = None,
+) -> int:
+    """Write config.json and model.safetensors; returns the number of parameters.
+
+    `changes` are keys of config.json in place of the family's own.
+    """
+    return write_random({**CONFIGS[size][family], **(changes or {})}, folder, seed)
+
+
+def write_random(config: Mapping[str, Any], folder: Path, seed: int = 0) -> int:
+    """The same for any config.json."""
+    raw = {**config, "torch_dtype": "bfloat16", "tie_word_embeddings": False}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
     generator = torch.Generator().manual_seed(seed)

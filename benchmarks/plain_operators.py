@@ -50,16 +50,17 @@ def plain_attention(
 ) -> Tensor:
     """`scaled_dot_product_attention` for each sequence, over its gathered pages."""
     assert self.window is None, "a window is not compared"
-    flat, block_size = (-1, self.num_kv_heads, self.head_dim), cache.key.shape[1]
-    cache.key.view(flat).index_copy_(0, meta.slot_mapping, k[: meta.num_tokens])
-    cache.value.view(flat).index_copy_(0, meta.slot_mapping, v[: meta.num_tokens])
+    block_size, shape = cache.block_size, (self.num_kv_heads, -1, self.head_dim)
+    blocks, offsets = meta.slot_mapping // block_size, meta.slot_mapping % block_size
+    cache.key[blocks, :, offsets] = k[: meta.num_tokens]
+    cache.value[blocks, :, offsets] = v[: meta.num_tokens]
     out = q.new_zeros(meta.num_rows, self.num_heads * self.head_dim)
     for seq, start in enumerate(meta.starts):
         first, last = meta.query_starts[seq : seq + 2]
         length = start + last - first
         pages = meta.block_tables[seq, : -(-length // block_size)]
         keys, values = (
-            t.index_select(0, pages).view(flat)[:length].transpose(0, 1)[None]
+            t.index_select(0, pages).transpose(0, 1).reshape(shape)[None, :, :length]
             for t in (cache.key, cache.value)
         )
         mask = None

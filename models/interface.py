@@ -50,10 +50,18 @@ class BatchMeta:
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Paged keys and values of one attention layer: both [num_blocks, block_size, G, h]."""
+    """Paged keys and values of one attention layer: both [num_blocks, G, block_size, h].
+
+    What one head reads of a block lies together.
+    """
 
     key: Tensor
     value: Tensor
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.key.shape[2]
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ def allocate_caches(
 
     def allocate(shape: CacheShape) -> LayerCache:
         if shape.kind == "kv":
-            size = (num_blocks, block_size, shape.num_kv_heads, shape.head_dim)
+            size = (num_blocks, shape.num_kv_heads, block_size, shape.head_dim)
             return KVCache(_zeros(size, dtype, device), _zeros(size, dtype, device))
         rows = num_state_rows
         return StateCache(
@@ -46,6 +46,8 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
         return torch.zeros(size, dtype=dtype, device=device)
     # torch.zeros would write every page.
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)  # blocks lie anywhere: small pages would all be looked up
     return torch.frombuffer(pages, dtype=dtype).view(size)
 
 

@@ -67,7 +67,7 @@ class PagedBatch:
         q, k, v = together(q), together(k), together(v)
         out = torch.empty(num_rows, heads * head_dim, dtype=dtype)
         call = self._call
-        cached = (len(cache.key), self._block_size, kv_heads, head_dim)
+        cached = (len(cache.key), kv_heads, self._block_size, head_dim)
         call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         call.keys = address(cache.key, cached, dtype)
         call.values = address(cache.value, cached, dtype)

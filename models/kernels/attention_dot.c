@@ -36,6 +36,12 @@ static void read_any_row(enum type type, const char *from, const char *next, i64
     }
 }
 
+static void read_key(enum type type, const struct split *from, i64 key, i64 head_dim, float *to)
+{
+    i64 row = key % TILE * head_dim * type_size(type);
+    read_any_row(type, from->rows[key / TILE] + row, from->next[key / TILE] + row, head_dim, to);
+}
+
 static void pack_query(enum type type, const char *from, i64 head_dim, void *to)
 {
     read_any_row(type, from, from, head_dim, to);
@@ -45,8 +51,7 @@ static void pack_query(enum type type, const char *from, i64 head_dim, void *to)
 static void pack_values(enum type type, const struct split *from, i64 head_dim, void *to)
 {
     for (i64 key = 0; key < SPLIT; key++)
-        read_any_row(type, from->rows[key], from->next[key], head_dim,
-                     (float *)to + key * width_of(head_dim));
+        read_key(type, from, key, head_dim, (float *)to + key * width_of(head_dim));
 }
 
 /* → [head_dim][SPLIT], four by four */
@@ -54,8 +59,8 @@ static void pack_keys(enum type type, const struct split *from, i64 head_dim, vo
 {
     float rows[4][MOST_HEAD_DIM], *columns = to;
     for (i64 key = 0; key < SPLIT; key += 4) {
-        for (i64 i = key; i < key + 4; i++)
-            read_any_row(type, from->rows[i], from->next[i], head_dim, rows[i - key]);
+        for (i64 i = 0; i < 4; i++)
+            read_key(type, from, key + i, head_dim, rows[i]);
         for (i64 d = 0; d < head_dim; d += 4) {
             __m128 a = _mm_loadu_ps(rows[0] + d), b = _mm_loadu_ps(rows[1] + d);
             __m128 c = _mm_loadu_ps(rows[2] + d), e = _mm_loadu_ps(rows[3] + d);
@@ -115,8 +120,18 @@ static void add(const float *weights, const void *values, i64 head_dim, i64 rows
     }
 }
 
-static void begin(i64 rows) { (void)rows; }
+static void begin(i64 rows, int few)
+{
+    (void)rows;
+    (void)few;
+}
 static void end(void) {}
+static int reads_keys(i64 head_dim)
+{
+    (void)head_dim;
+    return 0;
+}
 
-const struct arithmetic dot_arithmetic = {row_bytes, width_of, pack_query, pack_keys, pack_values,
-                                          begin,     end,      scores,     add};
+const struct arithmetic dot_arithmetic = {row_bytes,  width_of, pack_query, pack_keys,
+                                          pack_values, begin,   end,        scores,
+                                          add,         reads_keys, NULL,    NULL};

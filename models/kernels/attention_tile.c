@@ -65,21 +65,22 @@ static float score_factor(i64 head_dim)
     return (float)(LOG2_E / _mm_cvtsd_f64(_mm_sqrt_sd(one, one)));
 }
 
-void attend(const struct arithmetic *arithmetic, const struct tile *tile, const void *keys,
-            const void *values, i64 head_dim)
+/* `tile->scores` are there. */
+static void take_in(const struct arithmetic *arithmetic, const struct tile *tile,
+                    const void *values, i64 head_dim)
 {
     const float factor = score_factor(head_dim);
     float most[TILE] = {0}, scale[TILE];
+    const struct sums *sums = &tile->sums;
     i64 width = arithmetic->width(head_dim);
-    arithmetic->scores(tile->queries, keys, head_dim, tile->rows, tile->scores);
     for (i64 i = 0; i < tile->rows; i++) {
         const float *scores = tile->scores + i * SPLIT;
         int all = tile->from[i] == 0 && tile->to[i] == SPLIT;
         float now = all ? max_of_all(scores) : max_between(scores, tile->from[i], tile->to[i]);
-        most[i] = now * factor > tile->most[i] ? now * factor : tile->most[i];
+        most[i] = now * factor > sums->most[i] ? now * factor : sums->most[i];
     }
     for (i64 i = 0; i < TILE; i += VW) /* 1 where the maximum stays */
-        v_store(scale + i, v_exp2(v_load(tile->most + i) - v_load(most + i)));
+        v_store(scale + i, v_exp2(v_load(sums->most + i) - v_load(most + i)));
     for (i64 i = 0; i < tile->rows; i++) {
         float *scores = tile->scores + i * SPLIT;
         if (tile->from[i] >= tile->to[i]) {
@@ -87,12 +88,45 @@ void attend(const struct arithmetic *arithmetic, const struct tile *tile, const 
             continue;
         }
         vec sum = weigh(scores, tile->from[i], tile->to[i], factor, most[i]);
-        v_store(tile->mass + i * VW, v_fma(v_load(tile->mass + i * VW), v_set(scale[i]), sum));
+        v_store(sums->mass + i * VW, v_fma(v_load(sums->mass + i * VW), v_set(scale[i]), sum));
         if (scale[i] != 1.0f)
-            rescale(tile->sums + i * width, width, scale[i]);
-        tile->most[i] = most[i];
+            rescale(sums->values + i * width, width, scale[i]);
+        sums->most[i] = most[i];
     }
-    arithmetic->add(tile->scores, values, head_dim, tile->rows, tile->sums);
+    arithmetic->add(tile->scores, values, head_dim, tile->rows, sums->values);
+}
+
+void attend(const struct arithmetic *arithmetic, const struct tile *tile, const void *keys,
+            const void *values, i64 head_dim)
+{
+    arithmetic->scores(tile->queries, keys, head_dim, tile->rows, tile->scores);
+    take_in(arithmetic, tile, values, head_dim);
+}
+
+void attend_few(const struct arithmetic *arithmetic, const struct tile *tile,
+                const struct split *keys, const void *values, i64 head_dim)
+{
+    arithmetic->scores_of_few(tile->queries, keys, head_dim, tile->rows, tile->scores);
+    take_in(arithmetic, tile, values, head_dim);
+}
+
+/* to = to · scale + more · more_scale */
+static void add_scaled(float *to, float scale, const float *more, float more_scale, i64 width)
+{
+    for (i64 d = 0; d < width; d += VW)
+        v_store(to + d, v_fma(v_load(more + d), v_set(more_scale), v_load(to + d) * v_set(scale)));
+}
+
+void merge_row(struct sums *all, const struct sums *more, i64 row, i64 width)
+{
+    float before = all->most[row], other = more->most[row], scales[VW] = {0};
+    float most = other > before ? other : before;
+    scales[0] = before - most;
+    scales[1] = other - most;
+    v_store(scales, v_exp2(v_load(scales)));
+    add_scaled(all->mass + row * VW, scales[0], more->mass + row * VW, scales[1], VW);
+    add_scaled(all->values + row * width, scales[0], more->values + row * width, scales[1], width);
+    all->most[row] = most;
 }
 
 float total_mass(const float *mass)

@@ -36,7 +36,7 @@ class _TileGroup:
     query_rows: Tensor
     """[n, Q] row of each query (the last one repeated where a tile is not full)."""
     key_slots: Tensor
-    """[n * S * SPLIT] flat cache index of each key; hidden keys point at a visible one."""
+    """[n * S, SPLIT] flat cache index of each key; hidden keys point at a visible one."""
     hidden: Tensor
     """[n, S, 1, M, SPLIT] True where a query must not see a key."""
 
@@ -46,6 +46,8 @@ class _Plan:
     groups: tuple[_TileGroup, ...]
     order: Tensor
     """[T] where each token's output lies in the groups' outputs, one behind the other."""
+    written_rows: Tensor
+    """[T * G] cache row that each token's key and value of each head are written to."""
 
 
 class PagedAttention:
@@ -69,34 +71,34 @@ class PagedAttention:
         """[R, H, h] queries, [R, G, h] keys and values → [R, H * h]; writes the cache first."""
         kernels = native_kernels(q.dtype, q.device)
         if kernels is not None and self.head_dim <= MAX_HEAD_DIM:
-            batch = self._batches(meta, cache.key.shape[1])
+            batch = self._batches(meta, cache.block_size)
             return batch.attend(kernels.name, q, k, v, cache, self.window)
-        flat = (-1, self.num_kv_heads, self.head_dim)
+        flat, plan = (-1, self.head_dim), self._plans(meta, cache.block_size)
         keys, values = cache.key.view(flat), cache.value.view(flat)
-        keys.index_copy_(0, meta.slot_mapping, k[: meta.num_tokens])
-        values.index_copy_(0, meta.slot_mapping, v[: meta.num_tokens])
-        plan = self._plans(meta, cache.key.shape[1])
-        outputs = [self._attend(q, keys, values, group) for group in plan.groups]
+        keys.index_copy_(0, plan.written_rows, k[: meta.num_tokens].reshape(flat))
+        values.index_copy_(0, plan.written_rows, v[: meta.num_tokens].reshape(flat))
+        outputs = [self._attend(q, cache, group) for group in plan.groups]
         out = q.new_zeros(meta.num_rows, self.num_heads * self.head_dim)
         if outputs:
             out[: meta.num_tokens] = torch.cat(outputs).index_select(0, plan.order).to(q.dtype)
         return out
 
-    def _attend(self, q: Tensor, keys: Tensor, values: Tensor, group: _TileGroup) -> Tensor:
+    def _attend(self, q: Tensor, cache: KVCache, group: _TileGroup) -> Tensor:
         """One group of tiles: → [n * Q, H * h] float32."""
         num_tiles, num_splits, _, tile_rows, _ = group.hidden.shape
         kv_heads, head_dim = self.num_kv_heads, self.head_dim
+        key_rows = self._cache_rows(group.key_slots, cache.block_size).transpose(1, 2).flatten()
         tiles = self._query_tiles(q, group.query_rows)
         tiles = tiles[:, None].expand(-1, num_splits, -1, -1, -1)
         scores = torch.bmm(
             tiles.reshape(-1, tile_rows, head_dim),
-            self._gather(keys, group.key_slots).transpose(1, 2),
+            self._gather(cache.key, key_rows).transpose(1, 2),
         )
         scores = scores.view(num_tiles, num_splits, kv_heads, tile_rows, SPLIT)
         scores.mul_(head_dim**-0.5).masked_fill_(group.hidden, float("-inf"))
         scores.sub_(scores.amax(dim=(1, 4), keepdim=True)).exp_()
         partial = torch.bmm(
-            scores.view(-1, tile_rows, SPLIT), self._gather(values, group.key_slots)
+            scores.view(-1, tile_rows, SPLIT), self._gather(cache.value, key_rows)
         ).view(num_tiles, num_splits, kv_heads, tile_rows, head_dim)
         masses = scores.sum(-1, keepdim=True)
         total = torch.zeros_like(partial[:, 0])
@@ -127,10 +129,16 @@ class PagedAttention:
         )
         return rows.transpose(1, 2).reshape(-1, self.num_heads * self.head_dim)
 
-    def _gather(self, cached: Tensor, slots: Tensor) -> Tensor:
-        """[slots, G, h] cache → [U * G, SPLIT, h] float32."""
-        picked = cached.index_select(0, slots).view(-1, SPLIT, self.num_kv_heads, self.head_dim)
-        return picked.transpose(1, 2).float().reshape(-1, SPLIT, self.head_dim)
+    def _gather(self, cached: Tensor, rows: Tensor) -> Tensor:
+        """Rows of a cache → [U * G, SPLIT, h] float32."""
+        picked = cached.view(-1, self.head_dim).index_select(0, rows)
+        return picked.view(-1, SPLIT, self.head_dim).float()
+
+    def _cache_rows(self, slots: Tensor, block_size: int) -> Tensor:
+        """[...] slots → [..., G] rows of a cache [blocks * G * block_size, h]."""
+        heads = torch.arange(self.num_kv_heads, device=slots.device)
+        blocks = (slots // block_size)[..., None] * self.num_kv_heads + heads
+        return blocks * block_size + (slots % block_size)[..., None]
 
     def _plan(self, meta: BatchMeta, block_size: int) -> _Plan:
         """Cut the batch into tiles and group tiles that need a similar number of splits."""
@@ -146,7 +154,7 @@ class PagedAttention:
             places.append(torch.arange(last - first) + num_tiles * width)
             num_tiles += tiles
         if not num_tiles:
-            return _Plan((), torch.zeros(0, dtype=torch.int64, device=device))
+            return _Plan((), *[torch.zeros(0, dtype=torch.int64, device=device)] * 2)
         tile_rows = torch.cat(rows).view(-1, width)
         tile_positions = meta.positions.cpu()[tile_rows]
         lowest = torch.zeros(num_tiles, dtype=torch.int64)
@@ -169,7 +177,8 @@ class PagedAttention:
         rank[by_count] = torch.arange(num_tiles)
         natural = torch.cat(places)
         order = rank[natural // width] * width + natural % width
-        return _Plan(tuple(groups), order.to(device))
+        written = self._cache_rows(meta.slot_mapping, block_size).flatten()
+        return _Plan(tuple(groups), order.to(device), written)
 
     def _group(self, counts: list[int]) -> list[slice]:
         """Cut tiles, sorted by their number of splits, into groups of bounded memory."""
@@ -209,4 +218,4 @@ class PagedAttention:
         hidden = key_grid > query_grid
         if self.window is not None:
             hidden |= key_grid <= query_grid - self.window
-        return _TileGroup(query_rows.to(device), slots.flatten(), hidden.to(device))
+        return _TileGroup(query_rows.to(device), slots.view(-1, SPLIT), hidden.to(device))

@@ -108,7 +108,7 @@ class Served:
     def _cache(self, layer: int, num_blocks: int) -> LayerCache:
         shape = self.config.cache_shape(layer)
         if shape.kind == "kv":
-            size = (num_blocks, self.block_size, shape.num_kv_heads, shape.head_dim)
+            size = (num_blocks, shape.num_kv_heads, self.block_size, shape.head_dim)
             nan = torch.full(size, float("nan"), dtype=self.dtype)
             return KVCache(nan, nan.clone())
         slots = num_blocks

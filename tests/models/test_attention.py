@@ -86,13 +86,13 @@ def test_matches_the_textbook_and_itself(
     )
     blocks = -(-240 // block_size)
     tables = torch.randperm(blocks * len(chunks), generator=generator).view(len(chunks), blocks)
-    nan = torch.full((blocks * len(chunks), block_size, kv_heads, width), float("nan"), dtype=dtype)
+    nan = torch.full((blocks * len(chunks), kv_heads, block_size, width), float("nan"), dtype=dtype)
     cache = KVCache(nan, nan.clone())
     history = []
     for (start, count), table in zip(chunks, tables, strict=True):
         k, v = torch.randn(2, start + count, kv_heads, width, generator=generator).to(dtype)
         at = torch.arange(start)
-        slots = table[at // block_size], at % block_size
+        slots = table[at // block_size], slice(None), at % block_size
         cache.key[slots], cache.value[slots] = k[:start], v[:start]
         history.append((k, v))
     meta = meta_of(chunks, tables, block_size)
@@ -129,7 +129,7 @@ def test_grouping_of_tiles_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     generator = torch.Generator().manual_seed(1)
     k, v = torch.randn(2, meta.num_tokens, 2, 8, generator=generator)
     q = torch.randn(meta.num_rows, 4, 8, generator=generator)
-    zeros = torch.zeros(80, 16, 2, 8)
+    zeros = torch.zeros(80, 2, 16, 8)
     outputs = []
     import models.layers.attention as module
 

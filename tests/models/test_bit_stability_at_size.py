@@ -100,7 +100,7 @@ def test_attention(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     attention = PagedAttention(num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
     q = randn(0, length, heads, width, dtype=dtype)
     k, v = (randn(i, length, kv_heads, width, dtype=dtype) for i in (1, 2))
-    size = (3 * 20, block_size, kv_heads, width)
+    size = (3 * 20, kv_heads, block_size, width)
 
     def run(cuts: list[int], seq: int, company: bool) -> Tensor:
         cache = KVCache(torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype))

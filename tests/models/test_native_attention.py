@@ -67,7 +67,7 @@ class Sequences:
         blocks = -(-LENGTH // block_size)
         total = blocks * len(self.q)
         order = torch.randperm(total, generator=self.generator)
-        empty = torch.full((total, block_size, kv_heads, width), float("nan"), dtype=self.dtype)
+        empty = torch.full((total, kv_heads, block_size, width), float("nan"), dtype=self.dtype)
         return order.view(len(self.q), blocks), KVCache(empty, empty.clone())
 
     def attend(
@@ -86,7 +86,7 @@ class Sequences:
         meta = meta_of(
             [(start, count) for _, start, count in chunks],
             tables[[seq for seq, _, _ in chunks]],
-            cache.key.shape[1],
+            cache.block_size,
         )
         rows = []
         for all_rows in (self.q, self.k, self.v):
@@ -98,7 +98,7 @@ class Sequences:
         heads, kv_heads, width = self.shape
         q = rows[0].view(-1, heads, width)
         k, v = (part.view(-1, kv_heads, width) for part in rows[1:])
-        batch = PagedBatch(meta, cache.key.shape[1])
+        batch = PagedBatch(meta, cache.block_size)
         out = batch.attend(variant, q, k, v, cache, window)
         assert not out[meta.num_tokens :].any()
         return [out[a:b] for a, b in pairwise(meta.query_starts)]
@@ -191,8 +191,8 @@ def test_nothing_but_the_batch_is_written(variant: str) -> None:
     sequences.attend(variant, [(0, 0, 40)], (tables, cache), None)
     at = torch.arange(40)
     for cached, rows in ((cache.key, sequences.k[0]), (cache.value, sequences.v[0])):
-        assert torch.equal(cached[tables[0][at // 16], at % 16], rows)
-        assert cached.isfinite().all(-1).all(-1).sum() == 40
+        assert torch.equal(cached[tables[0][at // 16], :, at % 16], rows)
+        assert cached.isfinite().all(-1).all(1).sum() == 40
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -217,6 +217,36 @@ def test_nobody_looks_behind_the_window(variant: str, dtype: torch.dtype) -> Non
     sequences.attend(variant, [(0, 0, start)], (tables, cache), window)
     at = torch.arange(start - window + 1)
     for cached in (cache.key, cache.value):
-        cached[tables[0][at // 16], at % 16] = float("nan")
+        cached[tables[0][at // 16], :, at % 16] = float("nan")
     (out,) = sequences.attend(variant, [(0, start, 70)], (tables, cache), window)
     assert torch.equal(out, whole[start:])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 1500])
+@pytest.mark.parametrize(("group", "kv_heads"), [(4, 1), (5, 2), (20, 1)])
+def test_long_sequences(
+    variant: str, dtype: torch.dtype, window: int | None, group: int, kv_heads: int
+) -> None:
+    """Segments of 1024 keys: whoever sums up which of them, and wherever a chunk begins."""
+    length, block_size = 3300, 16
+    sequences = Sequences(8, [length, 40], (group * kv_heads, kv_heads, 32), dtype)
+    blocks = -(-length // block_size)
+    order = torch.randperm(2 * blocks, generator=sequences.generator).view(2, blocks)
+    empty = torch.full((2 * blocks, kv_heads, block_size, 32), float("nan"), dtype=dtype)
+    placed = order, KVCache(empty, empty.clone())
+    torch.set_num_threads(1)
+    whole, _ = sequences.attend(variant, [(0, 0, length), (1, 0, 40)], placed, window)
+    q, k, v = sequences.q[0], sequences.k[0], sequences.v[0]
+    expected = textbook(q[-90:], k, v, window)
+    torch.testing.assert_close(whole[-90:].double(), expected, atol=ERROR[dtype], rtol=ERROR[dtype])
+    for start in (1023, 1024, 2047, 2100, 3071, 3299):
+        for count in (1, 3, 70):
+            chunk = (0, start, min(count, length - start))
+            rows = slice(start, start + chunk[2])
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                for company in ([chunk], [chunk, (1, 39, 1)], [(1, 20, 20), chunk]):
+                    out = sequences.attend(variant, company, placed, window)
+                    assert torch.equal(out[company.index(chunk)], whole[rows])

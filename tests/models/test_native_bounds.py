@@ -28,7 +28,7 @@ def test_attention(variant: str, dtype: torch.dtype, width: int) -> None:
     q, k, v = (
         randn(seed, 48, heads, width, dtype=dtype) for seed, heads in ((0, 4), (1, 2), (2, 2))
     )
-    cached = [randn(seed, 6, 16, 2, width, dtype=dtype) for seed in (3, 4)]
+    cached = [randn(seed, 6, 2, 16, width, dtype=dtype) for seed in (3, 4)]
     batch = PagedBatch(meta, 16)
     expected = batch.attend(variant, q, k, v, KVCache(*(c.clone() for c in cached)), None)
     kept = [at_the_end_of_memory(t) for t in (q, k, v, *cached)]
