@@ -49,7 +49,7 @@ def compare(shape: tuple[int, int], dtype: torch.dtype, rows: int) -> None:
     plain = microseconds(lambda w: F.linear(x, w), weights, repeats)
     in_tiles = microseconds(lambda w: tiled(x, w), weights, min(repeats, 40))
     use_kernels("native")
-    native = native_kernels(dtype, x.device)
+    native = native_kernels("linear", dtype, x.device)
     assert native is not None
     ours = microseconds(lambda w: native.linear(x, w), weights, repeats)
     values, scale = quantize_rows(weight)

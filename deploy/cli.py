@@ -69,10 +69,16 @@ def serve(
     quantization: Annotated[
         str | None, _option("--quantization", help="none, int8 (experts), int8-all.")
     ] = None,
-    attention_backend: Annotated[
-        str | None, _option("--attention-backend", help="auto, torch.")
+    kernels: Annotated[
+        str | None,
+        _option("--kernels", help="auto, native, torch, amx...; auto,-scan..."),
     ] = None,
-    mamba_backend: Annotated[str | None, _option("--mamba-backend", help="auto, torch.")] = None,
+    attention_backend: Annotated[
+        str | None, _option("--attention-backend", help="auto, torch, native.")
+    ] = None,
+    mamba_backend: Annotated[
+        str | None, _option("--mamba-backend", help="auto, torch, native.")
+    ] = None,
     enable_prefix_caching: Annotated[
         bool | None,
         _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse prefixes."),
@@ -86,7 +92,9 @@ def serve(
     api_key: Annotated[
         list[str] | None, _option("--api-key", help="Repeatable; or CONCLAVE_API_KEY.")
     ] = None,
-    threads: Annotated[str | None, _option("--threads", help="Compute threads per actor.")] = None,
+    threads: Annotated[
+        str | None, _option("--threads", help="Per actor; default: by cores.")
+    ] = None,
     cpus_per_actor: Annotated[
         str | None, _option("--cpus-per-actor", help="Ray CPUs reserved per actor.")
     ] = None,

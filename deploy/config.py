@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
+from models.kernels.choice import parse_choice
 
 _UNITS = {
     "": 1,
@@ -74,6 +75,7 @@ class ServeArgs(BaseModel):
     kv_cache_memory: Annotated[PositiveInt | None, BeforeValidator(_cache_size)] = None
     block_size: PositiveInt = 16
     quantization: Literal["none", "int8", "int8-all"] = "none"
+    kernels: str = "auto"
     attention_backend: Annotated[
         Literal["auto", "torch", "native", "flash_attn", "triton"], BeforeValidator(_our_name)
     ] = "auto"
@@ -90,6 +92,7 @@ class ServeArgs(BaseModel):
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> ServeArgs:
+        parse_choice(self.kernels)
         for key, allowed in _AVAILABLE.items():
             value = getattr(self, key)
             if value not in allowed:
@@ -109,8 +112,8 @@ class ServeArgs(BaseModel):
 _AVAILABLE: dict[str, tuple[object, ...]] = {
     "device": ("auto", "cpu"),
     "layout": ("auto", "disaggregated"),
-    "attention_backend": ("auto", "torch"),
-    "mamba_backend": ("auto", "torch"),
+    "attention_backend": ("auto", "torch", "native"),
+    "mamba_backend": ("auto", "torch", "native"),
 }
 
 

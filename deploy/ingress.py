@@ -19,13 +19,12 @@ from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
 from deploy.version import VERSION
-from models.kernels.choice import resolve_kernels
+from models.kernels.choice import backends, resolve_kernels
 from shards.client import GroupState, ModelClient
+from shards.cores import available_cores, default_threads
 from shards.spec import GroupSpec
 
 log = logging.getLogger("conclave.ingress")
-
-_KERNELS = ("linear", "experts", "attention", "mamba")
 
 
 def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
@@ -47,6 +46,19 @@ def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
     return group
 
 
+def settle(resolved: ResolvedArgs) -> GroupSpec:
+    """The spec with what only the replica's place decides: kernels, and threads by its cores."""
+    from ray.util import get_current_placement_group
+
+    from shards.ray_launcher import compute_actors_together
+
+    spec: GroupSpec = replace(resolved.spec, kernels=resolve_kernels(resolved.spec.kernels))
+    cores = available_cores()
+    actors = compute_actors_together(spec, get_current_placement_group())
+    threads = resolved.threads or default_threads(spec.kernels, cores, actors)
+    return replace(spec, threads=threads, crowded=threads > 1 and threads * actors > cores)
+
+
 def build_facts(resolved: ResolvedArgs) -> Json:
     """What decides the bits of an answer, for /version."""
     return {
@@ -57,7 +69,8 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "heads": sorted(resolved.facts.heads),
         "quantization": resolved.spec.quantization,
         "threads": resolved.spec.threads,
-        "kernel_backends": dict.fromkeys(_KERNELS, resolved.spec.kernels),
+        "kernels": resolved.spec.kernels,
+        "kernel_backends": backends(resolved.spec.kernels),
     }
 
 
@@ -70,8 +83,7 @@ class Ingress:
         logging.getLogger("conclave").setLevel(resolved.log_level.upper())
         self._api_keys = resolved.api_keys
         # Chosen here, where the weights will be, and not wherever the command was typed.
-        kernels = await asyncio.to_thread(resolve_kernels, resolved.spec.kernels)
-        spec = replace(resolved.spec, kernels=kernels)
+        spec = await asyncio.to_thread(settle, resolved)
         resolved = replace(resolved, spec=spec)
         model = load_served_model(
             resolved.served_model_name,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deploy.backends import kernel_choice, missing_for_mamba_ssm
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.model_facts import ModelFacts, model_facts
-from models.kernels.choice import wanted_kernels
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.cache_budget import (
@@ -48,6 +48,8 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    threads: int | None
+    """As asked for; None: the replica decides by its cores and actors."""
     warnings: tuple[str, ...] = ()
     """What is unusual about the checkpoint or about how it is computed."""
 
@@ -85,7 +87,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     from shards.verify import verify
 
     try:
-        wanted_kernels()
+        kernels = kernel_choice(args.kernels, args.attention_backend, args.mamba_backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
@@ -105,12 +107,17 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         num_layers=config.num_layers,
         num_experts=config.num_experts,
         facts=model_facts(config),
-        spec=_group_spec(args, folder, config, _unused_token_ids(served)),
+        spec=replace(
+            _group_spec(args, folder, config),
+            unused_token_ids=_unused_token_ids(served),
+            kernels=kernels,
+        ),
         api_keys=args.api_key,
         min_replicas=args.min_replicas,
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        threads=args.threads,
         warnings=(*config.notes, *_backend_warnings(config)),
     )
 
@@ -124,13 +131,12 @@ def _unused_token_ids(served: ServedModel) -> IdRanges:
 
 def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
     """Which backend runs instead of one that the checkpoint asks for, and why."""
-    from deploy.backends import missing_for_mamba_ssm
     from models.jamba import JambaConfig
 
     if not (isinstance(config, JambaConfig) and config.use_mamba_kernels):
         return ()
     return (
-        "use_mamba_kernels is true, but the mamba backend is torch, because "
+        "use_mamba_kernels is true, but the mamba backend is not mamba_ssm, because "
         f"{missing_for_mamba_ssm()}",
     )
 
@@ -153,9 +159,7 @@ def num_cpus(resolved: ResolvedArgs) -> float:
     return resolved.max_replicas * sum(bundle_cpus(resolved))
 
 
-def _group_spec(
-    args: ServeArgs, folder: Path, config: ModelConfig, unused_token_ids: IdRanges
-) -> GroupSpec:
+def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
     executor = _executor(args)
     local = executor == "local"
     stages = 1 if local else (args.stages or 1)
@@ -171,11 +175,9 @@ def _group_spec(
         placement=None if local else _placement(args, config),
         limits=_limits(args, config, costs, lookahead=not local and stages == 1),
         cache_costs=costs if args.kv_cache_memory is None else (),
-        # The same on every topology: bits may depend on how many threads share an operation.
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
         quantization=_quantization(args, config),
-        unused_token_ids=unused_token_ids,
     )
 
 

@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
@@ -83,18 +84,25 @@ class _FailureWatch:
             self._told = body
 
 
-def _print_caches(url: str, api_keys: tuple[str, ...]) -> None:
-    """Say how much the caches of a replica hold; it is not known before they are there."""
-    request = urllib.request.Request(f"{url}/v1/experts")
+def _print_choices(url: str, api_keys: tuple[str, ...]) -> None:
+    """Say what a replica has chosen by itself: its kernels, threads and caches."""
+    try:
+        version = _ask(f"{url}/version", api_keys)
+        caches = _ask(f"{url}/v1/experts", api_keys)["kv_cache"]
+    except OSError as error:
+        log.warning("what the replica has chosen cannot be asked for: %s", error)
+        return
+    threads = f"threads per actor: {version['threads']}"
+    print(f"conclave: kernels: {version['kernels']}, {threads}", file=sys.stderr)
+    print(f"conclave: {caches}", file=sys.stderr, flush=True)
+
+
+def _ask(url: str, api_keys: tuple[str, ...]) -> Any:
+    request = urllib.request.Request(url)
     if api_keys:
         request.add_header("Authorization", f"Bearer {api_keys[0]}")
-    try:
-        with urllib.request.urlopen(request, timeout=_WATCH_S) as response:
-            caches = json.load(response)["kv_cache"]
-    except OSError as error:
-        log.warning("the size of the caches cannot be asked for: %s", error)
-        return
-    print(f"conclave: {caches}", file=sys.stderr, flush=True)
+    with urllib.request.urlopen(request, timeout=_WATCH_S) as response:
+        return json.load(response)
 
 
 def _check_port(host: str, port: int) -> None:
@@ -180,7 +188,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
                 return 1
             signals.serving = True
             url = f"http://{host}:{port}"
-            _print_caches(url, resolved.api_keys)
+            _print_choices(url, resolved.api_keys)
             print(f"ready on {url}", flush=True)
             signals.wait(_FailureWatch(f"{url}/health"))
             _drain(application_name(resolved.served_model_name))

@@ -15,6 +15,7 @@ from models.interface import ModelConfig, TensorSlice, TensorSource
 from models.registry import load_config
 from router.transport.tensors import tensor_buffer
 from shards.load_progress import OnRead
+from shards.pages import Arena
 from shards.safetensors_file import StoredTensor, opened, read_exactly, read_header
 
 SINGLE_FILE = "model.safetensors"
@@ -87,13 +88,19 @@ class Checkpoint:
         )
 
     def read(
-        self, wanted: TensorSlice, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        wanted: TensorSlice,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        arena: Arena | None = None,
     ) -> Tensor:
         """The wanted rows alone, contiguous, in memory of their own. Raises CheckpointError.
 
-        Takes no more memory than the result and a small buffer.
+        Takes no more memory than the result and a small buffer; the result comes from `arena`
+        where there is one.
         """
-        owned = torch.empty(wanted.shape, dtype=dtype, device=device)
+        empty = torch.empty if arena is None else arena.empty
+        owned = empty(wanted.shape, dtype=dtype, device=device)
         start = 0
         for leaf in wanted.leaves:
             self._read_into(owned[start : start + leaf.shape[0]], leaf)

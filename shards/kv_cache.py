@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterable, Sequence
 from math import prod
 
@@ -10,6 +9,7 @@ import torch
 
 from models.interface import CacheShape, KVCache, LayerCache, ModelConfig, StateCache
 from router.step import StateOp, StateOpKind
+from shards.pages import map_pages
 
 _SSM_ITEMSIZE = 4
 """Recurrent SSM state is float32 whatever the model's dtype (Mamba reference)."""
@@ -45,10 +45,7 @@ def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
     if not num_bytes or torch.device(device).type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     # torch.zeros would write every page.
-    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)  # blocks lie anywhere: small pages would all be looked up
-    return torch.frombuffer(pages, dtype=dtype).view(size)
+    return torch.frombuffer(map_pages(num_bytes), dtype=dtype).view(size)
 
 
 def apply_state_ops(caches: Sequence[LayerCache], ops: Iterable[StateOp]) -> None:

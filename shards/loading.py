@@ -10,6 +10,7 @@ from torch import Tensor
 from models.interface import ExpertWeights, ModelConfig, StageModel, TensorSlice
 from shards.checkpoint import Checkpoint, CheckpointError
 from shards.expert_bank import ExpertBank
+from shards.pages import Arena
 from shards.quantization import (
     effective_quantization,
     int8_parameters,
@@ -36,11 +37,13 @@ def load_stage(
     stage = config.build_stage(first, last, dtype)
     int8 = int8_parameters(stage, effective_quantization(quantization, config))
     weights: dict[str, Tensor] = {}
+    arena = Arena()
     for name, wanted in stage.tensors().items():
         if name in int8:
-            weights[name], weights[scale_name(name)] = read_int8(config, checkpoint, wanted, device)
+            values, scale = read_int8(config, checkpoint, wanted, device, arena)
+            weights[name], weights[scale_name(name)] = values, scale
         else:
-            weights[name] = checkpoint.read(wanted, dtype, device)
+            weights[name] = checkpoint.read(wanted, dtype, device, arena)
     stage.load(weights)
     return stage
 
@@ -56,30 +59,37 @@ def load_experts(
 ) -> ExpertBank:
     """The given logical experts of every MoE layer, nothing else. Raises CheckpointError."""
     int8 = effective_quantization(quantization, config) != "none"
+    arena = Arena()
 
     def load(layer_idx: int, expert: int) -> ExpertWeights:
         parts: dict[str, Tensor] = {}
         for name, wanted in config.expert_tensors(layer_idx, expert).items():
             if int8:
-                parts[name], parts[scale_name(name)] = read_int8(config, checkpoint, wanted, device)
+                values, scale = read_int8(config, checkpoint, wanted, device, arena)
+                parts[name], parts[scale_name(name)] = values, scale
             else:
-                parts[name] = checkpoint.read(wanted, dtype, device)
+                parts[name] = checkpoint.read(wanted, dtype, device, arena)
         return ExpertWeights(**parts)
 
     return ExpertBank(config, {pair: load(*pair) for pair in moe_pairs(config, experts)})
 
 
 def read_int8(
-    config: ModelConfig, checkpoint: Checkpoint, wanted: TensorSlice, device: Device = "cpu"
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    wanted: TensorSlice,
+    device: Device = "cpu",
+    arena: Arena | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A matrix as int8 values [N, K] and float32 scales [N], as stored or quantised when read.
 
     Quantised from the values on disk, whatever dtype is served, one tensor at a time.
     """
     if config.quantization != "none":
-        values = checkpoint.read(wanted, torch.int8, device)
+        values = checkpoint.read(wanted, torch.int8, device, arena)
         return values, checkpoint.read(scale_slice(wanted), torch.float32, device)
-    values = torch.empty(wanted.shape, dtype=torch.int8, device=device)
+    empty = torch.empty if arena is None else arena.empty
+    values = empty(wanted.shape, dtype=torch.int8, device=device)
     scale = torch.empty(wanted.shape[:1], device=device)
     start = 0
     for leaf in wanted.leaves:

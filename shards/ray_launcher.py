@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections import Counter
 from concurrent.futures import Future
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from shards.actors import DispatcherActor, EngineActor, ExpertActor, StageActor
 from shards.control import Started
+from shards.cores import num_compute_actors
 from shards.group import WorkerEvents
-from shards.spec import Role, WorkerSpec
+from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
 
 log = logging.getLogger("conclave.launcher")
 
@@ -36,6 +38,15 @@ def bundle_index(spec: WorkerSpec) -> int:
             return 1 + len(spec.group.stage_layers) + spec.index
         case _:
             return 0
+
+
+def compute_actors_together(group: GroupSpec, placed: PlacementGroup | None) -> int:
+    """How many compute actors the fullest node of a placement group has."""
+    if placed is None or group.executor == "local":
+        return num_compute_actors(group)
+    nodes = placement_group_table(placed)["bundles_to_node_id"]
+    computing = [w for w in worker_specs(group) if w.role in (Role.STAGE, Role.EXPERT)]
+    return max(Counter(nodes[bundle_index(worker)] for worker in computing).values())
 
 
 class RayLauncher:

@@ -44,11 +44,15 @@ class GroupSpec:
     limits: EngineLimits
     """What the engine may use; with `cache_costs` the most that its caches may be."""
     threads: int
+    """Compute threads of each worker."""
     secret: str
     quantization: str = "none"
     """none, int8 or int8-all, whether quantised at load or in the files."""
     kernels: str = "auto"
-    """torch, or the native variant that every worker must have; auto: each for itself."""
+    """torch, or the native variant that every worker must have and what of it is off
+    (`amx,-attention`); auto: each for itself."""
+    crowded: bool = False
+    """More threads than cores on some node: they sleep while they wait."""
     unused_token_ids: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of vocabulary rows that no token owns: never sampled."""
     cache_costs: tuple[CacheCost, ...] = ()

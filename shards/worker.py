@@ -11,6 +11,7 @@ from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.control import INGRESS, Control, Started, WorkerEvent
+from shards.cores import sleep_while_waiting
 from shards.load_progress import LoadProgress, OnRead, Report
 from shards.malloc import large_blocks_apart
 from shards.memory import free_bytes
@@ -129,6 +130,8 @@ def make_worker(
     spec: WorkerSpec, transport: Transport, report: Report | None = None
 ) -> RunsForever:
     """Build and load the worker a spec describes; `report` is told how far it is."""
+    if spec.group.crowded:
+        sleep_while_waiting()
     progress = LoadProgress(spec.peer, report)
     with large_blocks_apart():
         worker = _make_worker(spec, transport, progress.on_read)

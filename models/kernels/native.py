@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights
-from models.kernels.choice import TORCH, resolve_kernels
+from models.kernels.choice import TORCH, backends, resolve_kernels
 from models.kernels.functions import ELEMENT_TYPES
 from models.kernels.variants import VARIANTS, Variant, load
 
@@ -93,22 +93,26 @@ class NativeKernels:
         return out
 
 
-_chosen: list[NativeKernels | None] = []
-"""Empty until the first choice."""
+_chosen: dict[str, NativeKernels | None] = {}
+"""By the names of `choice.KERNELS`; empty until the first choice."""
 
 
 def use_kernels(choice: str) -> None:
     """Compute with these from now on in this process. Raises ValueError where they are not here."""
-    name = resolve_kernels(choice)
-    variants = {variant.name: variant for variant in VARIANTS}
-    _chosen[:] = [None if name == TORCH else NativeKernels(variants[name])]
+    chosen = backends(resolve_kernels(choice))
+    loaded: dict[str, NativeKernels | None] = {TORCH: None}
+    loaded |= {v.name: NativeKernels(v) for v in VARIANTS if v.name in chosen.values()}
+    _chosen.update({kernel: loaded[backend] for kernel, backend in chosen.items()})
 
 
-def native_kernels(dtype: torch.dtype, device: torch.device) -> NativeKernels | None:
-    """The native kernels where they serve activations of this kind; None: PyTorch does."""
+def native_kernels(kernel: str, dtype: torch.dtype, device: torch.device) -> NativeKernels | None:
+    """The native kernels where `kernel` serves activations of this kind; None: PyTorch does.
+
+    `kernel` is one of `choice.KERNELS`.
+    """
     if not _chosen:
         use_kernels("auto")
-    return _chosen[0] if device.type == "cpu" and dtype in ELEMENT_TYPES else None
+    return _chosen[kernel] if device.type == "cpu" and dtype in ELEMENT_TYPES else None
 
 
 def _address(tensor: Tensor | None) -> int | None:

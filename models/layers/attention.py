@@ -69,7 +69,7 @@ class PagedAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
         """[R, H, h] queries, [R, G, h] keys and values → [R, H * h]; writes the cache first."""
-        kernels = native_kernels(q.dtype, q.device)
+        kernels = native_kernels("attention", q.dtype, q.device)
         if kernels is not None and self.head_dim <= MAX_HEAD_DIM:
             batch = self._batches(meta, cache.block_size)
             return batch.attend(kernels.name, q, k, v, cache, self.window)

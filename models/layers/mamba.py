@@ -65,7 +65,7 @@ class SelectiveState:
         self, u: Tensor, taps: Tensor, bias: Tensor | None, meta: BatchMeta, cache: StateCache
     ) -> Tensor:
         """silu of the convolution: [R, I] x [K, I] float32 (+ [I]) → [R, I] in u's dtype."""
-        kernels = native_kernels(u.dtype, u.device)
+        kernels = native_kernels("convolution", u.dtype, u.device)
         if kernels is not None and len(taps) <= MAX_TAPS and cache.conv.dtype == u.dtype:
             return self._batches(meta).convolve(kernels.name, u, taps, bias, cache.conv)
         out, tokens = u.new_zeros(u.shape), meta.num_tokens
@@ -83,7 +83,7 @@ class SelectiveState:
     ) -> Tensor:
         """(scan + D · signal) · silu(z): three [R, I] → [R, I] in the signal's dtype."""
         s, w = selection, weights
-        kernels = native_kernels(signal.dtype, signal.device)
+        kernels = native_kernels("scan", signal.dtype, signal.device)
         if kernels is not None and len(w.a) <= MAX_STATES:
             rows = (signal, s.step, z, s.b, s.c)
             return self._batches(meta).scan(kernels.name, rows, w, cache.ssm)

@@ -15,7 +15,7 @@ from models.layers.rowwise import linear, pad_rows
 
 def feed_forward(x: Tensor, weights: ExpertWeights, activation: Activation) -> Tensor:
     """act(x·gateᵀ) ⊙ (x·upᵀ) ·downᵀ of [R, D] rows, R a multiple of the row tile."""
-    native = native_kernels(x.dtype, x.device)
+    native = native_kernels("experts", x.dtype, x.device)
     if native is not None and activation is silu:
         return native.experts(x, [(weights, x.shape[0])])
     gate = linear(x, weights.gate, scale=weights.gate_scale)
@@ -30,7 +30,7 @@ def expert_rows(
 
     `groups` says whose the rows are: so many of the first expert, then of the second, ...
     """
-    native = native_kernels(x.dtype, x.device)
+    native = native_kernels("experts", x.dtype, x.device)
     if native is not None and activation is silu:
         return native.experts(x, groups)
     outputs = torch.empty_like(x)

@@ -17,7 +17,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm of [R, D] rows: statistics in float32, weight applied in the model dtype."""
-    kernels = native_kernels(x.dtype, x.device)
+    kernels = native_kernels("rms_norm", x.dtype, x.device)
     if kernels is not None:
         return rowops.rms_norm(kernels.name, x, weight, eps)
     wide = x.float()

@@ -77,7 +77,7 @@ class RotaryEmbedding:
     def rotate(self, x: Tensor, meta: BatchMeta) -> Tensor:
         """[R, heads, h] → the same, rotated by each row's position."""
         cos, sin = self._memo(meta)
-        kernels = native_kernels(x.dtype, x.device)
+        kernels = native_kernels("rope", x.dtype, x.device)
         if kernels is not None:
             return rowops.rotate(kernels.name, x, cos, sin)
         first, second = x.chunk(2, dim=-1)

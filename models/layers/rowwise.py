@@ -29,7 +29,7 @@ _INT8_BLOCKS = {torch.float32: 1 << 18, torch.bfloat16: 1 << 20}
 def row_tile(dtype: torch.dtype, device: torch.device = _CPU) -> int:
     """A matrix product takes a multiple of so many rows; KeyError for a dtype not served."""
     tile = _ROW_TILES[dtype]
-    return tile if native_kernels(dtype, device) is None else 1
+    return tile if native_kernels("linear", dtype, device) is None else 1
 
 
 def padded_rows(num_rows: int, dtype: torch.dtype, device: torch.device = _CPU) -> int:
@@ -56,7 +56,7 @@ def linear(
 
     An int8 `weight` comes with the float32 `scale` [N] of its rows.
     """
-    native = native_kernels(x.dtype, x.device)
+    native = native_kernels("linear", x.dtype, x.device)
     if native is not None:
         return native.linear(x, weight, bias, scale)
     return _tiled_linear(x, weight, bias, scale)

@@ -194,3 +194,38 @@ def test_kernels_that_do_not_exist_fail_before_anything_starts(
     monkeypatch.setenv("CONCLAVE_KERNELS", "fast")
     with pytest.raises(ConfigError, match="CONCLAVE_KERNELS=fast: allowed values are auto, native"):
         resolved()
+    with pytest.raises(ConfigError, match="kernels=auto,-fast: allowed values are auto, native"):
+        parse_args({"model": "m", "kernels": "auto,-fast"})
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "chosen"),
+    [
+        ("", {}, "auto"),
+        ("avx2,-rope", {}, "avx2,-rope"),
+        ("avx2,-rope", {"kernels": "native,-scan"}, "native,-scan"),
+        ("", {"attention_backend": "torch"}, "auto,-attention"),
+        ("", {"attention_backend": "sdpa", "kernels": "avx2,-rope"}, "avx2,-attention,-rope"),
+        ("", {"mamba_backend": "torch"}, "auto,-convolution,-scan"),
+        ("", {"mamba_backend": "native"}, "native"),
+        ("avx512", {"attention_backend": "native"}, "avx512"),
+        ("torch", {"attention_backend": "torch"}, "torch"),
+    ],
+)
+def test_kernels_are_chosen_by_options_before_the_environment(
+    monkeypatch: pytest.MonkeyPatch, environment: str, options: dict[str, str], chosen: str
+) -> None:
+    monkeypatch.setenv("CONCLAVE_KERNELS", environment)
+    assert resolved(**options).spec.kernels == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"attention_backend": "native", "kernels": "torch"}, "attention_backend=native.*torch"),
+        ({"mamba_backend": "native", "kernels": "auto,-scan"}, "mamba_backend=native.*auto,-scan"),
+    ],
+)
+def test_a_backend_that_was_taken_out_is_refused(options: dict[str, str], refusal: str) -> None:
+    with pytest.raises(ConfigError, match=refusal):
+        resolved(**options)

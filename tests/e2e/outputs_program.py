@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from models.kernels.choice import resolve_kernels
 from tests.e2e.conftest import free_port
 from tests.tiny import VOCAB_SIZE, load_reference, write_tiny
 
@@ -72,7 +73,11 @@ async def check_classify(family: str, folder: Path, url: str) -> None:
         rows = [model(input_ids=torch.tensor([i]), use_cache=False).logits[0] for i in inputs]
     scores = torch.stack(rows)
     body = {"input": inputs}
-    async with application(folder) as handle, httpx.AsyncClient(base_url=url, timeout=60) as http:
+    chosen = {"kernels": "auto,-attention"}
+    async with (
+        application(folder, **chosen) as handle,
+        httpx.AsyncClient(base_url=url, timeout=60) as http,
+    ):
         over_http = (await http.post("/v1/classify", json=body)).json()
         raw = (await http.post("/classify", json={**body, "use_activation": False})).json()
         over_handle = await handle.classify.remote(body)
@@ -84,6 +89,9 @@ async def check_classify(family: str, folder: Path, url: str) -> None:
     names = [("no", "yes", "maybe")[int(row.argmax())] for row in scores]
     assert [entry["label"] for entry in over_http["data"]] == names
     assert version["heads"] == ["score"]
+    assert version["kernels"] == resolve_kernels("auto,-attention")
+    assert version["kernel_backends"]["attention"] == "torch"
+    assert version["threads"] == 1  # PyTorch computes something
     assert generated.json()["error"]["code"] == "no_lm_head"
 
 

@@ -20,7 +20,8 @@ from models.kernels.variants import VARIANTS, KernelsUnavailable, Variant, suppo
 from models.layers.rowwise import linear, row_tile
 
 needs_compiler = pytest.mark.skipif(
-    shutil.which("cc") is None or not supported_variants(), reason="nothing can be built here"
+    shutil.which(os.environ.get("CC", "cc")) is None or not supported_variants(),
+    reason="nothing can be built here",
 )
 
 
@@ -154,7 +155,7 @@ def test_without_native_kernels_torch_computes_and_says_why(
     with pytest.raises(ValueError, match=reason):
         resolve_kernels("native")
     use_kernels("auto")
-    assert native_kernels(torch.float32, torch.device("cpu")) is None
+    assert native_kernels("linear", torch.float32, torch.device("cpu")) is None
     x = torch.randn(row_tile(torch.float32), 5)
     torch.testing.assert_close(linear(x, torch.eye(5)), x)
 
@@ -183,9 +184,9 @@ def test_the_variable_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_compiler
 def test_other_devices_and_dtypes_stay_with_torch() -> None:
     use_kernels("native")
-    assert native_kernels(torch.float32, torch.device("cpu")) is not None
-    assert native_kernels(torch.float32, torch.device("meta")) is None
-    assert native_kernels(torch.float64, torch.device("cpu")) is None
+    assert native_kernels("linear", torch.float32, torch.device("cpu")) is not None
+    assert native_kernels("linear", torch.float32, torch.device("meta")) is None
+    assert native_kernels("linear", torch.float64, torch.device("cpu")) is None
 
 
 @needs_compiler

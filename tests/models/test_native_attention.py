@@ -13,7 +13,7 @@ from torch import Tensor
 
 from models.interface import KVCache
 from models.kernels.attention import PagedBatch
-from models.kernels.variants import KernelsUnavailable, load, supported_variants
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_attention import meta_of, textbook
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.float16: 0.002}
@@ -21,21 +21,7 @@ LENGTH = 400
 """Positions of a sequence's table."""
 
 
-def built() -> list[str]:
-    """The variants that work on this machine; none without a compiler."""
-    names = []
-    for variant in supported_variants():
-        try:
-            load(variant)
-        except KernelsUnavailable:
-            continue
-        names.append(variant.name)
-    return names
-
-
-VARIANTS = built()
-if not VARIANTS:
-    pytest.skip("no native kernels on this machine", allow_module_level=True)
+pytestmark = needs_kernels
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +112,7 @@ windows = st.sampled_from([None, None, 1, 7, 64, 100])
     st.sampled_from(VARIANTS),
     shapes,
     windows,
-    st.sampled_from([1, 4, 16, 48, 64]),
+    st.sampled_from([1, 3, 4, 5, 16, 48, 64]),
     st.lists(st.integers(1, 300), min_size=1, max_size=3),
     st.sampled_from(sorted(ERROR, key=str)),
     st.integers(0, 1 << 30),

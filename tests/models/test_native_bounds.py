@@ -9,14 +9,15 @@ from models.interface import KVCache
 from models.kernels import rowops
 from models.kernels.attention import PagedBatch
 from models.kernels.scan import RecurrentBatch, ScanWeights
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_attention import meta_of
-from tests.models.test_native_attention import VARIANTS
 from tests.models.test_native_linear import at_the_end_of_memory, randn
 from tests.models.test_native_scan import batch_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = [
+    needs_kernels,
     pytest.mark.parametrize("variant", VARIANTS),
     pytest.mark.parametrize("dtype", DTYPES),
 ]

@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from models.kernels import rowops
-from tests.models.test_native_attention import VARIANTS
+from tests.models.built import VARIANTS, needs_kernels
+
+pytestmark = needs_kernels
 
 ERROR = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 dtypes = st.sampled_from(sorted(ERROR, key=str))

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from models.interface import BatchMeta, StateCache
 from models.kernels.scan import RecurrentBatch, ScanWeights
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_attention import meta_of
 from tests.models.test_mamba import naive_conv, naive_scan
-from tests.models.test_native_attention import VARIANTS, cut
+from tests.models.test_native_attention import cut
+
+pytestmark = needs_kernels
 
 ERROR = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.004}
 SLOTS = 6
