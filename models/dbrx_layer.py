@@ -16,7 +16,7 @@ from models.interface import (
     TensorSlice,
 )
 from models.layers.attention import PagedAttention
-from models.layers.moe import divide_by_p_norm, routing, softmax_top_k
+from models.layers.moe import softmax_gate
 from models.layers.norm import layer_norm
 from models.layers.rope import RotaryEmbedding
 from models.layers.rowwise import linear, project
@@ -63,23 +63,17 @@ class DbrxLayer:
         assert isinstance(cache, KVCache)
         w, config = self._weights, self._config
         qkv = project(layer_norm(x, w["norm_1"], None, NORM_EPS), w, "qkv")
-        if config.clip_qkv is not None:
-            qkv = qkv.clamp(-config.clip_qkv, config.clip_qkv)
         heads = qkv.view(x.shape[0], -1, config.head_dim)
-        q, k, v = torch.split_with_sizes(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
-        )
-        q, k = self._rope.rotate(q, meta), self._rope.rotate(k, meta)
+        counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        heads = self._rope.rotate(heads, meta, counts[0] + counts[1], config.clip_qkv)
+        q, k, v = torch.split_with_sizes(heads, counts, dim=1)
         residual = x + project(self._attention(q, k, v, meta, cache), w, "out")
         return residual, layer_norm(residual, w["norm_2"], None, NORM_EPS)
 
     def gate(self, h: Tensor) -> Routing:
         """Softmax over all experts, top-k, then the p-norm."""
         logits = linear(h, self._weights["gate"])
-        ids, weights = softmax_top_k(logits, self._config.top_k)
-        if self._config.expert_weight_norm is not None:
-            weights = divide_by_p_norm(weights, self._config.expert_weight_norm)
-        return routing(logits, ids, weights)
+        return softmax_gate(logits, self._config.top_k, self._config.expert_weight_norm)
 
     def mlp(self, h: Tensor) -> Tensor:
         """DBRX has no dense layers: never called."""

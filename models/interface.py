@@ -227,6 +227,10 @@ class ModelConfig(Protocol):
     @property
     def top_k(self) -> int: ...
     @property
+    def activation(self) -> str:
+        """The experts' activation, a name of `models.layers.activation.ACTIVATIONS`."""
+
+    @property
     def max_position_embeddings(self) -> int: ...
     @property
     def reprefill_length(self) -> int | None:

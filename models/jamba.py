@@ -169,6 +169,11 @@ class JambaConfig:
         added = self.ending.notes(names)
         return replace(self, ending=self.ending.with_tensors(names), notes=(*self.notes, *added))
 
+    @property
+    def activation(self) -> str:
+        """Of experts and dense FFNs."""
+        return "silu"
+
     def is_attention_layer(self, layer_idx: int) -> bool:
         """Attention layers; all others are Mamba."""
         return layer_idx % self.attn_layer_period == self.attn_layer_offset

@@ -21,8 +21,8 @@ from models.jamba_mixer import MambaMixer, mixer_tensors
 from models.layers.activation import silu
 from models.layers.attention import PagedAttention
 from models.layers.mamba import SelectiveState
-from models.layers.moe import feed_forward, routing, softmax_top_k
-from models.layers.norm import rms_norm
+from models.layers.moe import feed_forward, softmax_gate
+from models.layers.norm import add_rms_norm, rms_norm
 from models.layers.rowwise import linear, project
 
 if TYPE_CHECKING:
@@ -91,10 +91,10 @@ class JambaLayer:
         h = rms_norm(x, w["input_layernorm"], eps)
         if isinstance(cache, StateCache):
             assert self._mixer is not None, f"layer {self.layer_idx} is an attention layer"
-            residual = x + self._mixer(h, meta, cache)
+            mixed = self._mixer(h, meta, cache)
         else:
-            residual = x + self._attend(h, meta, cache)
-        return residual, rms_norm(residual, w["pre_ff_layernorm"], eps)
+            mixed = self._attend(h, meta, cache)
+        return add_rms_norm(x, mixed, w["pre_ff_layernorm"], eps)
 
     def _attend(self, h: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
         """Causal attention without any positional encoding."""
@@ -107,8 +107,7 @@ class JambaLayer:
 
     def gate(self, h: Tensor) -> Routing:
         """float32 softmax over all experts; the top-k weights are not renormalised."""
-        logits = linear(h, self._weights["gate"])
-        return routing(logits, *softmax_top_k(logits, self._config.top_k))
+        return softmax_gate(linear(h, self._weights["gate"]), self._config.top_k)
 
     def mlp(self, h: Tensor) -> Tensor:
         """The FFN of a dense layer."""

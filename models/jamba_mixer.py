@@ -9,7 +9,7 @@ from models.checkpoint_map import whole
 from models.interface import BatchMeta, StateCache, TensorSlice
 from models.kernels.scan import ScanWeights
 from models.layers.mamba import Selection, SelectiveState
-from models.layers.norm import rms_norm
+from models.layers.norm import rms_norm_parts
 from models.layers.rowwise import linear
 
 
@@ -55,6 +55,8 @@ class MambaMixer:
         self._state = state
         self._norm_eps = norm_eps
         self._taps = weights["conv1d.weight"].squeeze(1).float().t().contiguous()
+        norms = [weights[f"{name}_layernorm.weight"] for name in ("dt", "b", "c")]
+        self._part_weights, self._parts = torch.cat(norms), [len(norm) for norm in norms]
         self._scan = ScanWeights(weights["A_log"], weights["D"], weights["dt_proj.bias"])
 
     def __call__(self, x: Tensor, meta: BatchMeta, cache: StateCache) -> Tensor:
@@ -68,11 +70,7 @@ class MambaMixer:
     def _selection(self, signal: Tensor) -> Selection:
         """What the tokens select by, from the convolved signal."""
         w, eps = self._weights, self._norm_eps
-        rank, (_, state) = w["dt_proj.weight"].shape[1], w["A_log"].shape
-        step, b, c = torch.split_with_sizes(
-            linear(signal, w["x_proj.weight"]), [rank, state, state], dim=-1
-        )
-        step = rms_norm(step, w["dt_layernorm.weight"], eps)
-        b = rms_norm(b, w["b_layernorm.weight"], eps)
-        c = rms_norm(c, w["c_layernorm.weight"], eps)
+        parts = linear(signal, w["x_proj.weight"])
+        parts = rms_norm_parts(parts, self._part_weights, self._parts, eps)
+        step, b, c = torch.split_with_sizes(parts, self._parts, dim=-1)
         return Selection(linear(step, w["dt_proj.weight"]), b, c)

@@ -16,7 +16,7 @@ from models.interface import (
     TensorSlice,
 )
 from models.layers.attention import PagedAttention
-from models.layers.moe import routing, sparse_mixer
+from models.layers.moe import mixer_gate
 from models.layers.norm import layer_norm
 from models.layers.rope import RotaryEmbedding
 from models.layers.rowwise import linear, project
@@ -75,10 +75,9 @@ class PhimoeLayer:
         w, config = self._weights, self._config
         qkv = project(self._norm("input_layernorm", x), w, "qkv")
         heads = qkv.view(x.shape[0], -1, config.head_dim)
-        q, k, v = torch.split_with_sizes(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
-        )
-        q, k = self._rope.rotate(q, meta), self._rope.rotate(k, meta)
+        counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
+        heads = self._rope.rotate(heads, meta, counts[0] + counts[1])
+        q, k, v = torch.split_with_sizes(heads, counts, dim=1)
         residual = x + project(self._attention(q, k, v, meta, cache), w, "o")
         return residual, self._norm("post_attention_layernorm", residual)
 
@@ -89,7 +88,7 @@ class PhimoeLayer:
     def gate(self, h: Tensor) -> Routing:
         """SparseMixer, in the logits' dtype."""
         logits = linear(h, self._weights["gate"])
-        return routing(logits, *sparse_mixer(logits, self._config.router_jitter_noise))
+        return mixer_gate(logits, self._config.router_jitter_noise)
 
     def mlp(self, h: Tensor) -> Tensor:
         """PhiMoE has no dense layers: never called."""

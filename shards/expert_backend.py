@@ -51,7 +51,10 @@ class LocalExpertBackend:
         self._num_experts = num_experts
 
     def submit(self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing) -> Handle:
-        """Same permutation and combine as the distributed path, without the distance."""
+        """Bits as on the distributed path: in one call, or by its own permutation and combine."""
+        outputs = self._bank.routed(layer_idx, hidden, routing)
+        if outputs is not None:
+            return _Finished(outputs)
         permutation = permute(routing.expert_ids, self._num_experts)
         pairs = [(expert, count) for expert, count in enumerate(permutation.counts) if count]
         rows = self._bank.forward(layer_idx, pairs, hidden[permutation.tokens])

@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from models.interface import ExpertWeights, ModelConfig
+from models.interface import ExpertWeights, ModelConfig, Routing
+from models.kernels.routed import RoutedExperts
+from models.layers.activation import ACTIVATIONS
+from models.layers.moe import routed_kernels
 
 
 class ExpertBank:
@@ -18,6 +21,7 @@ class ExpertBank:
         """`weights` is keyed (layer_idx, expert)."""
         self._config = config
         self._weights = dict(weights)
+        self._routed: dict[int, RoutedExperts] = {}
         self.experts = tuple(sorted({expert for _, expert in self._weights}))
 
     @property
@@ -43,3 +47,17 @@ class ExpertBank:
         groups = [(self._weights[layer_idx, expert], count) for expert, count in pairs]
         assert sum(count for _, count in pairs) == len(rows), (pairs, rows.shape)
         return self._config.expert_forward(rows, groups)
+
+    def routed(self, layer_idx: int, x: Tensor, routing: Routing) -> Tensor | None:
+        """Σ weight · expert(x) over the slots of each token of x [T, D], in their order: [T, D].
+
+        None where no kernel does it in one call. The bank holds every expert.
+        """
+        kernels = routed_kernels(x, ACTIVATIONS[self._config.activation])
+        if kernels is None:
+            return None
+        experts = self._routed.get(layer_idx)
+        if experts is None:
+            weights = [self._weights[layer_idx, e] for e in range(self._config.num_experts)]
+            experts = self._routed[layer_idx] = RoutedExperts(weights)
+        return experts(kernels.name, x, routing.expert_ids, routing.weights)

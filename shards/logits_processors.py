@@ -75,7 +75,7 @@ def process(
     asked = [
         (i, sampling, history)
         for i, (sampling, history) in enumerate(zip(samplings, histories, strict=True))
-        if unused_ids or _asks(sampling, history)
+        if unused_ids or asks(sampling, history)
     ]
     changed = [i for i, _, _ in asked]
     rows = logits[changed]
@@ -88,7 +88,8 @@ def process(
     return changed, rows
 
 
-def _asks(sampling: SamplingParams, history: TokenHistory) -> bool:
+def asks(sampling: SamplingParams, history: TokenHistory) -> bool:
+    """Whether a row of this sequence is to be changed before a token is chosen."""
     num_emitted = len(history.emitted)
     return bool(
         sampling.allowed_token_ids

@@ -69,6 +69,9 @@ class _MicroBatch:
     scheduled: Sequence[ScheduledSequence]
     meta: BatchMeta
     x: Tensor
+    key: ExchangeKey
+    wanted: bool
+    """Whether any sequence wants arrays."""
     pending: tuple[DecoderLayer, Tensor, Handle] | None = None
     """A MoE layer that waits for its experts: layer, residual, answer to come."""
 
@@ -122,9 +125,9 @@ class ModelRunner:
         self._wanted = []
         batches = self._micro_batches(plan, hidden)
         for layer, cache in zip(self._stage.layers, self._caches, strict=True):
-            for index, batch in enumerate(batches):
+            for batch in batches:
                 self._finish_layer(batch)
-                self._begin_layer(batch, layer, cache, ExchangeKey(plan.epoch, plan.step_id, index))
+                self._begin_layer(batch, layer, cache)
         for batch in batches:
             self._finish_layer(batch)
         if not self._is_last:
@@ -147,7 +150,7 @@ class ModelRunner:
 
     def _micro_batches(self, plan: StepPlan, hidden: Tensor | None) -> list[_MicroBatch]:
         counts = [scheduled.num_tokens for scheduled in plan.scheduled]
-        batches = []
+        batches: list[_MicroBatch] = []
         row = 0
         for begin, end in split_sequences(counts, self._num_micro_batches):
             scheduled = plan.scheduled[begin:end]
@@ -157,7 +160,9 @@ class ModelRunner:
             else:
                 x = pad_rows(hidden[row : row + meta.num_tokens].to(self._device))
             row += meta.num_tokens
-            batches.append(_MicroBatch(scheduled, meta, x))
+            key = ExchangeKey(plan.epoch, plan.step_id, len(batches))
+            wanted = any(self._sequences[s.seq_id].wanted != NOTHING for s in scheduled)
+            batches.append(_MicroBatch(scheduled, meta, x, key, wanted))
         assert hidden is None or row == len(hidden), (row, hidden.shape)
         return batches
 
@@ -192,19 +197,19 @@ class ModelRunner:
         # Without a token the sequence has ended, and nobody reads this row.
         return max(token_id, 0)
 
-    def _begin_layer(
-        self, batch: _MicroBatch, layer: DecoderLayer, cache: LayerCache, key: ExchangeKey
-    ) -> None:
+    def _begin_layer(self, batch: _MicroBatch, layer: DecoderLayer, cache: LayerCache) -> None:
         self._keep(batch, "hidden_states", layer.layer_idx, batch.x)
         residual, h = layer.mix(batch.x, batch.meta, cache)
         if not layer.is_moe:
             batch.x = layer.combine(residual, layer.mlp(h))
             return
         routing = layer.gate(h)
-        real = slice(batch.meta.num_tokens)
-        routing = Routing(routing.expert_ids[real], routing.weights[real], routing.logits[real])
+        if batch.meta.num_rows > batch.meta.num_tokens:
+            real = slice(batch.meta.num_tokens)
+            routing = Routing(routing.expert_ids[real], routing.weights[real], routing.logits[real])
+            h = h[real]
         self._keep(batch, "router_logits", layer.layer_idx, routing.logits)
-        handle = self._backend.submit(key, layer.layer_idx, h[real], routing)
+        handle = self._backend.submit(batch.key, layer.layer_idx, h, routing)
         batch.pending = (layer, residual, handle)
 
     def _finish_layer(self, batch: _MicroBatch) -> None:
@@ -212,7 +217,10 @@ class ModelRunner:
             return
         layer, residual, handle = batch.pending
         batch.pending = None
-        batch.x = layer.combine(residual, pad_rows(handle.result()))
+        outputs = handle.result()
+        if batch.meta.num_rows > batch.meta.num_tokens:
+            outputs = pad_rows(outputs)
+        batch.x = layer.combine(residual, outputs)
 
     def _real_rows(self, batches: Iterable[_MicroBatch]) -> Tensor:
         rows = [batch.x[: batch.meta.num_tokens] for batch in batches]
@@ -222,6 +230,8 @@ class ModelRunner:
 
     def _keep(self, batch: _MicroBatch, name: str, index: int, values: Tensor) -> None:
         """Keep the rows [R, ...] of sequences that want every row of the array `name`."""
+        if not batch.wanted:
+            return
         for sequence, scheduled, rows in self._rows(batch):
             if getattr(sequence.wanted, name):
                 label = f"{name}.{index}"
@@ -235,7 +245,7 @@ class ModelRunner:
 
     def _keep_heads(self, batch: _MicroBatch) -> None:
         """Keep what the heads make of the rows of sequences that want it."""
-        if all(sequence.wanted == NOTHING for sequence, _, _ in self._rows(batch)):
+        if not batch.wanted:
             return
         normed = self._stage.norm(batch.x)
         self._keep(batch, "hidden_states", self._config.num_layers, normed)
@@ -245,14 +255,15 @@ class ModelRunner:
             )
 
     def _sample(self, plan: StepPlan, batches: Iterable[_MicroBatch]) -> StepResult:
-        rows = []
+        parts = []
         requests = []
         for batch in batches:
             ends = batch.meta.query_starts[1:]
+            rows = []
             for scheduled, end in zip(batch.scheduled, ends, strict=True):
                 if scheduled.samples:
                     sequence = self._sequences[scheduled.seq_id]
-                    rows.append(batch.x[end - 1])
+                    rows.append(end - 1)
                     requests.append(
                         SampleRequest(
                             seq_id=scheduled.seq_id,
@@ -260,10 +271,14 @@ class ModelRunner:
                             sampling=sequence.sampling,
                         )
                     )
-        if not rows:
+            # A batch that only decodes is what the head wants, row for row.
+            only_these = rows == list(range(batch.meta.num_rows))
+            parts.append(batch.x if only_these else batch.x[rows])
+        if not requests:
             return StepResult(epoch=plan.epoch, step_id=plan.step_id)
-        logits = self._stage.logits(self._stage.norm(pad_rows(torch.stack(rows))))
-        sampled = sample(logits[: len(rows)], requests, self._unused_ids)
+        ends_of_all = parts[0] if len(parts) == 1 else torch.cat(parts)
+        logits = self._stage.logits(self._stage.norm(pad_rows(ends_of_all)))
+        sampled = sample(logits[: len(requests)], requests, self._unused_ids)
         for choice in sampled:
             self._sequences[choice.seq_id].history.append(choice.token_id)
         return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))

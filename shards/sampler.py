@@ -14,9 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from models.kernels.greedy import greatest_or_none
+from models.kernels.native import native_kernels
 from router.step import NO_TOKEN, Sampled, SamplingParams
 from shards.draw import draw, uniform
-from shards.logits_processors import IdRanges, TokenHistory, process
+from shards.logits_processors import IdRanges, TokenHistory, asks, process
 
 _NUM_LANE_TOKENS = 32
 
@@ -54,6 +56,13 @@ def sample(
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
+    kernels = native_kernels("greedy", logits.dtype, logits.device)
+    if kernels is not None and not unused_ids and all(map(_is_plain, requests)):
+        found = greatest_or_none(kernels.name, logits)
+        return [
+            Sampled(seq_id=request.seq_id, token_id=NO_TOKEN if token_id is None else token_id)
+            for request, token_id in zip(requests, found, strict=True)
+        ]
     raw = logits.to("cpu", torch.float32).contiguous()
     token_ids = _choose(raw.numpy(), requests, unused_ids)
     logprobs = _logprobs(raw, requests, token_ids)
@@ -63,6 +72,16 @@ def sample(
             requests, token_ids.tolist(), logprobs, strict=True
         )
     ]
+
+
+def _is_plain(request: SampleRequest) -> bool:
+    """Whether the greatest logit is all that is asked for."""
+    sampling = request.sampling
+    return (
+        sampling.temperature == 0
+        and sampling.logprobs is None
+        and not asks(sampling, request.history)
+    )
 
 
 def _choose(

@@ -17,7 +17,10 @@ TORCH = "torch"
 CHOICES = ("auto", "native", TORCH, *(variant.name for variant in VARIANTS))
 VARIABLE = "CONCLAVE_KERNELS"
 
-KERNELS = ("linear", "experts", "attention", "convolution", "scan", "rms_norm", "rope")
+KERNELS = (
+    *("linear", "experts", "gate", "attention", "rope"),
+    *("convolution", "scan", "rms_norm", "greedy"),
+)
 """What can be taken out by itself: the names by which layers ask for a kernel."""
 
 

@@ -14,6 +14,8 @@ from models.kernels.variants import VARIANTS, load
 ELEMENT_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """The numbers are those of `enum type` in vector.h."""
 
+WEIGHT_TYPES = {**ELEMENT_TYPES, torch.int8: 3}
+
 
 @cache
 def function(variant_name: str, symbol: str) -> Callable[[int], int]:
@@ -26,6 +28,8 @@ def function(variant_name: str, symbol: str) -> Callable[[int], int]:
 
 def together(rows: Tensor) -> Tensor:
     """The same rows [R, n] or [R, heads, h], which may lie apart but not what belongs to one."""
+    if rows.is_contiguous():
+        return rows
     inner = rows.stride()[1:]
     return rows if inner in ((1,), (rows.shape[-1], 1)) else rows.contiguous()
 

@@ -6,11 +6,11 @@
 #include <stdlib.h>
 
 #include "dense.h"
+#include "experts.h"
 #include "parallel.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
-#define OUT_OF_MEMORY 1
 #define MOST_PRODUCTS 64
 #define BATCH_ROWS 1024
 #define PACKED_BYTES (3 << 19)    /* of one block: most of a second-level cache */
@@ -192,12 +192,6 @@ EXPORT int conclave_linear(const void *x, i64 rows, i64 width, int x_type, const
     return 0;
 }
 
-struct expert {
-    const void *gate, *up, *down; /* [F, D], [F, D], [D, F] */
-    const float *gate_scale, *up_scale, *down_scale;
-    i64 rows;
-};
-
 /* What is the same for all experts of a call. */
 struct ffn {
     enum type x_type, w_type;
@@ -244,8 +238,6 @@ static int run_slices(const struct ffn *f, const struct slice *slices, int count
     return 0;
 }
 
-/* silu(x · gateᵀ) ⊙ (x · upᵀ) · downᵀ: the first experts[0].rows rows of x [n, width] belong to
- * the first expert, and so on; out has the shape of x. */
 EXPORT int conclave_experts(const void *x, i64 width, i64 hidden, int x_type, int w_type,
                             const struct expert *experts, i64 num_experts, void *out, int threads)
 {

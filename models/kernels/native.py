@@ -10,10 +10,8 @@ from torch import Tensor
 
 from models.interface import ExpertWeights
 from models.kernels.choice import TORCH, backends, resolve_kernels
-from models.kernels.functions import ELEMENT_TYPES
+from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES
 from models.kernels.variants import VARIANTS, Variant, load
-
-_TYPES = {**ELEMENT_TYPES, torch.int8: 3}
 
 _INT, _I64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
@@ -47,11 +45,11 @@ class NativeKernels:
             x.data_ptr(),
             rows,
             width,
-            _TYPES[x.dtype],
+            WEIGHT_TYPES[x.dtype],
             weight.data_ptr(),
             _address(scale),
             _address(bias),
-            _TYPES[weight.dtype],
+            WEIGHT_TYPES[weight.dtype],
             outputs,
             out.data_ptr(),
             torch.get_num_threads(),
@@ -68,22 +66,19 @@ class NativeKernels:
         if not groups:
             return torch.empty_like(x)
         x = x.contiguous()
-        fields: list[int | None] = []
+        fields: list[int] = []
         for w, rows in groups:
             _check(x, w.gate, w.gate_scale)
-            _check(x, w.up, w.up_scale)
-            assert w.down.is_contiguous(), w.down.stride()
-            fields += w.gate.data_ptr(), w.up.data_ptr(), w.down.data_ptr()
-            fields += _address(w.gate_scale), _address(w.up_scale), _address(w.down_scale), rows
+            fields += *expert_addresses(w), rows
         first = groups[0][0].gate
         out = torch.empty_like(x)
         failed = self._experts(
             x.data_ptr(),
             x.shape[1],
             first.shape[0],
-            _TYPES[x.dtype],
-            _TYPES[first.dtype],
-            (_I64 * len(fields))(*[field or 0 for field in fields]),
+            WEIGHT_TYPES[x.dtype],
+            WEIGHT_TYPES[first.dtype],
+            (_I64 * len(fields))(*fields),
             len(groups),
             out.data_ptr(),
             torch.get_num_threads(),
@@ -113,6 +108,17 @@ def native_kernels(kernel: str, dtype: torch.dtype, device: torch.device) -> Nat
     if not _chosen:
         use_kernels("auto")
     return _chosen[kernel] if device.type == "cpu" and dtype in ELEMENT_TYPES else None
+
+
+def expert_addresses(w: ExpertWeights) -> tuple[int, ...]:
+    """What `struct expert` of experts.h holds before its number of rows."""
+    for matrix, shape in ((w.up, w.gate.shape), (w.down, w.gate.shape[::-1])):
+        assert matrix.shape == shape, (matrix.shape, shape)
+        assert matrix.dtype == w.gate.dtype, (matrix.dtype, w.gate.dtype)
+        assert matrix.is_contiguous(), matrix.stride()
+    scales = (w.gate_scale, w.up_scale, w.down_scale)
+    weights = (w.gate.data_ptr(), w.up.data_ptr(), w.down.data_ptr())
+    return *weights, *(_address(scale) or 0 for scale in scales)
 
 
 def _address(tensor: Tensor | None) -> int | None:

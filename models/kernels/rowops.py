@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import ctypes
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from models.kernels.functions import ELEMENT_TYPES, address, function, together
 
-_POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
+_POINTER, _I64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class _RmsNorm(ctypes.Structure):
     """`struct rms_norm` of rowops.c."""
 
     _fields_ = (
-        *((name, _POINTER) for name in ("x", "weight", "out")),
-        *((name, _I64) for name in ("rows", "width", "stride", "type", "threads")),
-        ("eps", ctypes.c_double),
+        *((name, _POINTER) for name in ("x", "added", "weight", "sum", "out", "parts")),
+        *((name, _I64) for name in ("num_parts", "rows", "width", "stride", "type", "threads")),
+        ("eps", _DOUBLE),
     )
 
 
@@ -27,47 +29,75 @@ class _Rotation(ctypes.Structure):
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "cos", "sin", "out")),
-        *((name, _I64) for name in ("rows", "heads", "head_dim", "stride", "type", "threads")),
+        *((name, _I64) for name in ("rows", "heads", "rotated", "head_dim", "stride", "type")),
+        ("threads", _I64),
+        ("limit", _DOUBLE),
     )
 
 
-def rms_norm(kernels: str, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[R, D] rows, normed in float32, rounded, times the weight [D].
+def rms_norm(
+    kernels: str,
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    added: Tensor | None = None,
+    parts: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
+    """x + added, and its RMSNorm: two [R, D].
 
-    `kernels` names the variant.
+    Normed in float32, rounded, times the weight [D]. `parts` are widths that add up to D, each
+    normed by itself; none: the whole row. `kernels` names the variant.
     """
-    (rows, width), x = x.shape, together(x)
-    out = torch.empty(rows, width, dtype=x.dtype)
+    (rows, width), dtype, x = x.shape, x.dtype, together(x)
+    out = x.new_empty(rows, width)
+    total = x if added is None else x.new_empty(rows, width)
+    assert sum(parts) == width or not parts, (parts, width)
+    widths = (_I64 * (len(parts) or 1))(*parts or (width,))
     call = _RmsNorm(
         x.data_ptr(),
-        address(weight, (width,), x.dtype),
+        None if added is None else address(added, (rows, width), dtype),
+        address(weight, (width,), dtype),
+        total.data_ptr(),
         out.data_ptr(),
+        ctypes.addressof(widths),
+        len(widths),
         rows,
         width,
         x.stride(0),
-        ELEMENT_TYPES[x.dtype],
+        ELEMENT_TYPES[dtype],
         torch.get_num_threads(),
         eps,
     )
     function(kernels, "conclave_rms_norm")(ctypes.addressof(call))
-    return out
+    return total, out
 
 
-def rotate(kernels: str, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """[R, heads, h] by the angles of cos and sin [R, 1, h/2]; `kernels` names the variant."""
+def rotate(
+    kernels: str, x: Tensor, cos: Tensor, sin: Tensor, num_rotated: int, limit: float | None = None
+) -> Tensor:
+    """[R, heads, h] clamped to ±limit, the first heads rotated by cos and sin [R, 1, h/2].
+
+    The limit is what x's dtype makes of it. `kernels` names the variant.
+    """
     (rows, heads, head_dim), dtype, x = x.shape, x.dtype, together(x)
-    out = torch.empty(rows, heads, head_dim, dtype=dtype)
+    assert num_rotated <= heads, (num_rotated, heads)
+    assert not head_dim % 2, head_dim
+    out = x.new_empty(rows, heads, head_dim)
+    angles = (rows, 1, head_dim // 2)
     call = _Rotation(
         x.data_ptr(),
-        address(cos, (rows, 1, head_dim // 2), dtype),
-        address(sin, (rows, 1, head_dim // 2), dtype),
+        address(cos, angles, dtype),
+        address(sin, angles, dtype),
         out.data_ptr(),
         rows,
         heads,
+        num_rotated,
         head_dim,
         x.stride(0),
         ELEMENT_TYPES[dtype],
         torch.get_num_threads(),
+        math.inf if limit is None else limit,
     )
     function(kernels, "conclave_rotate")(ctypes.addressof(call))
     return out

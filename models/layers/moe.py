@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights, Routing
-from models.kernels.native import native_kernels
+from models.kernels import gates
+from models.kernels.native import NativeKernels, native_kernels
 from models.layers.activation import Activation, silu
 from models.layers.rowwise import linear, pad_rows
 
@@ -40,6 +41,11 @@ def expert_rows(
         if count:
             outputs[rows] = feed_forward(pad_rows(x[rows]), weights, activation)[:count]
     return outputs
+
+
+def routed_kernels(x: Tensor, activation: Activation) -> NativeKernels | None:
+    """Those that take all routed experts of rows like x in one call; None: group by group."""
+    return native_kernels("experts", x.dtype, x.device) if activation is silu else None
 
 
 def softmax_top_k(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +104,20 @@ def _mixer_slot(candidates: Tensor, logits: Tensor, jitter_eps: float) -> tuple[
     return best, torch.softmax(kept, dim=-1).gather(-1, best)
 
 
-def routing(logits: Tensor, ids: Tensor, weights: Tensor) -> Routing:
-    """A gate's decision, weights in the logits' dtype."""
+def softmax_gate(logits: Tensor, top_k: int, p: float | None = None) -> Routing:
+    """Softmax of [T, E] logits, the k greatest, divided by their p-norm where there is one."""
+    kernels = native_kernels("gate", logits.dtype, logits.device)
+    if kernels is not None and p in gates.P_NORMS and logits.shape[1] <= gates.MAX_EXPERTS:
+        return Routing(*gates.softmax_top_k(kernels.name, logits, top_k, p), logits)
+    ids, weights = softmax_top_k(logits, top_k)
+    if p is not None:
+        weights = divide_by_p_norm(weights, p)
     return Routing(ids, weights.to(logits.dtype), logits)
+
+
+def mixer_gate(logits: Tensor, jitter_eps: float) -> Routing:
+    """SparseMixer's choice among [T, E] logits, in their dtype."""
+    kernels = native_kernels("gate", logits.dtype, logits.device)
+    if kernels is not None and logits.shape[1] <= gates.MAX_EXPERTS:
+        return Routing(*gates.sparse_mixer(kernels.name, logits, 2 * jitter_eps), logits)
+    return Routing(*sparse_mixer(logits, jitter_eps), logits)

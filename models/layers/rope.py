@@ -74,14 +74,19 @@ class RotaryEmbedding:
             self._long = _RotaryTable(1.0 / (long * base), long_rope.long_mscale, dtype)
         self._memo = BatchMemo(self._cos_sin)
 
-    def rotate(self, x: Tensor, meta: BatchMeta) -> Tensor:
-        """[R, heads, h] → the same, rotated by each row's position."""
+    def rotate(
+        self, x: Tensor, meta: BatchMeta, num_rotated: int, limit: float | None = None
+    ) -> Tensor:
+        """[R, heads, h] clamped to ±limit, the first heads rotated by each row's position."""
         cos, sin = self._memo(meta)
         kernels = native_kernels("rope", x.dtype, x.device)
         if kernels is not None:
-            return rowops.rotate(kernels.name, x, cos, sin)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+            return rowops.rotate(kernels.name, x, cos, sin, num_rotated, limit)
+        if limit is not None:
+            x = x.clamp(-limit, limit)
+        first, second = x[:, :num_rotated].chunk(2, dim=-1)
+        turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+        return torch.cat([turned, x[:, num_rotated:]], dim=1)
 
     def _cos_sin(self, meta: BatchMeta, _: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the batch's rows, [R, 1, h/2] each."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.interface import DecoderLayer, TensorSlice
@@ -63,7 +62,7 @@ class Stage:
     def embed(self, token_ids: Tensor) -> Tensor:
         """First stage: [R] int64 → [R, D]."""
         assert self._embedding is not None, "this stage holds no loaded embedding"
-        return F.embedding(token_ids, self._embedding)
+        return self._embedding.index_select(0, token_ids)
 
     def norm(self, x: Tensor) -> Tensor:
         """Last stage: final norm, [R', D] → [R', D]."""

@@ -152,7 +152,7 @@ def test_rotary_regimes_and_growth() -> None:
     rope = RotaryEmbedding(4, 100.0, torch.float32, long_rope)
     meta = meta_of([(1990, 10), (1995, 6)], torch.zeros(2, 2048, dtype=torch.int64), 1)
     x = torch.randn(meta.num_rows, 3, 4, generator=torch.Generator().manual_seed(2))
-    got = rope.rotate(x, meta)
+    got = rope.rotate(x, meta, x.shape[1])
     for row in range(16):
         is_long = row >= 10
         position = 1990 + row if row < 10 else 1995 + row - 10
@@ -165,5 +165,5 @@ def test_rotary_regimes_and_growth() -> None:
         torch.testing.assert_close(got[row].double(), expected, atol=1e-3, rtol=1e-3)
     fresh = RotaryEmbedding(4, 100.0, torch.float32, long_rope)
     early = meta_of([(3, 1)], torch.zeros(1, 2048, dtype=torch.int64), 1)
-    fresh.rotate(x[:16], early)
-    assert torch.equal(fresh.rotate(x, meta), got)
+    fresh.rotate(x[:16], early, x.shape[1])
+    assert torch.equal(fresh.rotate(x, meta, x.shape[1]), got)

@@ -139,14 +139,14 @@ def test_rope(dtype: torch.dtype) -> None:
     chunks = [(1020, 60), (0, 33), (1490, 40)]
     together = meta_of(chunks, tables, 1)
     x = randn(0, together.num_rows, 5, 64, dtype=dtype)
-    full = RotaryEmbedding(64, 1e4, dtype, long_rope).rotate(x, together)
+    full = RotaryEmbedding(64, 1e4, dtype, long_rope).rotate(x, together, 5)
     grown = RotaryEmbedding(64, 1e4, dtype, long_rope)
     for seq, (start, count) in enumerate(chunks):
         for offset in (0, count // 2, count - 1):
             row = together.query_starts[seq] + offset
             one = meta_of([(start + offset, 1)], tables[:1], 1)
             object.__setattr__(one, "lengths", (start + count,))
-            rotated = grown.rotate(x[row].expand(16, -1, -1).contiguous(), one)
+            rotated = grown.rotate(x[row].expand(16, -1, -1).contiguous(), one, 5)
             assert torch.equal(rotated[0], full[row])
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from models.interface import KVCache
-from models.kernels import rowops
+from models.interface import ExpertWeights, KVCache
+from models.kernels import gates, rowops
 from models.kernels.attention import PagedBatch
+from models.kernels.routed import RoutedExperts
 from models.kernels.scan import RecurrentBatch, ScanWeights
 from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_attention import meta_of
@@ -62,11 +64,42 @@ def test_scan(variant: str, dtype: torch.dtype, shape: tuple[int, int, int]) -> 
 
 @pytest.mark.parametrize("width", [2, 10, 34, 100])
 def test_rows(variant: str, dtype: torch.dtype, width: int) -> None:
-    x, weight = randn(0, 5, width, dtype=dtype), randn(1, width, dtype=dtype)
+    x, added = randn(0, 5, width, dtype=dtype), randn(4, 5, width, dtype=dtype)
+    weight = randn(1, width, dtype=dtype)
     heads, angles = randn(2, 5, 3, width, dtype=dtype), randn(3, 5, 1, width // 2, dtype=dtype)
-    kept = [at_the_end_of_memory(t) for t in (x, weight, heads, angles)]
-    guarded = [t for t, _ in kept]
-    expected = rowops.rms_norm(variant, x, weight, 1e-5)
-    assert torch.equal(rowops.rms_norm(variant, guarded[0], guarded[1], 1e-5), expected)
-    expected = rowops.rotate(variant, heads, angles, angles)
-    assert torch.equal(rowops.rotate(variant, guarded[2], guarded[3], guarded[3]), expected)
+    tensors = (x, added, weight, heads, angles)
+    kept = [at_the_end_of_memory(t) for t in tensors]
+
+    def run(x: Tensor, added: Tensor, weight: Tensor, *rotated: Tensor) -> Tensor:
+        norms = rowops.rms_norm(variant, x, weight, 1e-5, added=added)
+        heads = rowops.rotate(variant, *rotated, rotated[1], 2, 0.5)
+        return torch.cat([*(norm.flatten() for norm in norms), heads.flatten()])
+
+    assert torch.equal(run(*(t for t, _ in kept)), run(*tensors))
+
+
+@pytest.mark.parametrize("experts", [2, 7, 16, 17, 40])
+def test_gates(variant: str, dtype: torch.dtype, experts: int) -> None:
+    logits = randn(0, 5, experts, dtype=dtype)
+    guarded, _ = at_the_end_of_memory(logits)
+    for gate in (
+        lambda x: gates.softmax_top_k(variant, x, 2, 1.0),
+        lambda x: gates.sparse_mixer(variant, x, 0.02),
+    ):
+        for got, expected in zip(gate(guarded), gate(logits), strict=True):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("width", [2, 10, 34, 100])
+def test_routed(variant: str, dtype: torch.dtype, width: int) -> None:
+    x, scales = randn(0, 5, width, dtype=dtype), randn(1, 5, 2, dtype=dtype)
+    ids = torch.tensor([[0, 2], [2, 1], [0, 1], [1, 0], [2, 0]])
+    shapes = [(3, 6, width), (3, 6, width), (3, width, 6)]
+    stacks = [randn(2 + i, *shape, dtype=dtype) for i, shape in enumerate(shapes)]
+    kept = [at_the_end_of_memory(t) for t in (x, ids, scales, *stacks)]
+
+    def run(x: Tensor, ids: Tensor, scales: Tensor, *stacks: Tensor) -> Tensor:
+        experts = RoutedExperts([ExpertWeights(*parts) for parts in zip(*stacks, strict=True)])
+        return experts(variant, x, ids, scales)
+
+    assert torch.equal(run(*(t for t, _ in kept)), run(x, ids, scales, *stacks))

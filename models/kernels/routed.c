@@ -1,0 +1,118 @@
+/* Tokens to their experts and back: rows grouped by expert, computed, summed in routing order. */
+#include <stdlib.h>
+
+#include "experts.h"
+#include "parallel.h"
+#include "rows.h"
+
+#define EXPORT __attribute__((visibility("default")))
+
+#define UNKNOWN_EXPERT 2
+
+/* The layout is that of routed.py. */
+struct routed {
+    const char *x;               /* [tokens, width] */
+    const i64 *ids;              /* [tokens, top_k] */
+    const char *weights;         /* [tokens, top_k] of x's type */
+    const struct expert *experts; /* of the layer, without rows */
+    char *out;                   /* [tokens, width] */
+    i64 tokens, width, hidden, top_k, num_experts, type, w_type, threads;
+};
+
+struct grouped {
+    const struct routed *routed;
+    i64 *places; /* [tokens, top_k] the row of each pair */
+    char *rows, *outputs;
+};
+
+/* Rows of each expert, in token order, experts ascending; returns how many experts have any. */
+static i64 group(const struct grouped *g, i64 *next, struct expert *present)
+{
+    const struct routed *r = g->routed;
+    i64 count = 0, first = 0, pairs = r->tokens * r->top_k;
+    for (i64 pair = 0; pair < pairs; pair++)
+        next[r->ids[pair]]++;
+    for (i64 expert = 0; expert < r->num_experts; expert++) {
+        i64 rows = next[expert];
+        next[expert] = first;
+        first += rows;
+        if (rows) {
+            present[count] = r->experts[expert];
+            present[count++].rows = rows;
+        }
+    }
+    for (i64 pair = 0; pair < pairs; pair++)
+        g->places[pair] = next[r->ids[pair]]++;
+    return count;
+}
+
+static void scatter_share(void *context, int index, int count)
+{
+    const struct grouped *g = context;
+    const struct routed *r = g->routed;
+    size_t bytes = (size_t)(r->width * type_size((enum type)r->type));
+    i64 pair, end;
+    share(r->tokens * r->top_k, index, count, &pair, &end);
+    for (; pair < end; pair++)
+        memcpy(g->rows + (size_t)g->places[pair] * bytes,
+               r->x + (size_t)(pair / r->top_k) * bytes, bytes);
+}
+
+/* Multiply, then add, as two operations: wherever experts are combined it is done so. */
+static inline __attribute__((always_inline)) void combine_token(enum type type,
+                                                                const struct grouped *g, i64 token)
+{
+    const struct routed *r = g->routed;
+    i64 bytes = r->width * type_size(type), first = token * r->top_k;
+    for (i64 at = 0; at < r->width; at += VW) {
+        vec sum = v_zero();
+        for (i64 slot = first; slot < first + r->top_k; slot++) {
+            vec weight = v_read_part(type, r->weights + slot * type_size(type), 1);
+            vec row = read_some(type, g->outputs + g->places[slot] * bytes, at, r->width);
+            sum += row * v_set(weight[0]);
+        }
+        write_some(type, r->out + token * bytes, at, r->width, sum);
+    }
+}
+
+static void combine_share(void *context, int index, int count)
+{
+    const struct grouped *g = context;
+    i64 token, end;
+    share(g->routed->tokens, index, count, &token, &end);
+    for (; token < end; token++)
+        switch (g->routed->type) {
+        case F32: combine_token(F32, g, token); break;
+        case BF16: combine_token(BF16, g, token); break;
+        default: combine_token(F16, g, token); break;
+        }
+}
+
+/* Σ over the slots of a token, in their order: weight · expert(x), rounded once. */
+EXPORT int conclave_routed(const struct routed *r)
+{
+    i64 pairs = r->tokens * r->top_k;
+    for (i64 pair = 0; pair < pairs; pair++)
+        if (r->ids[pair] < 0 || r->ids[pair] >= r->num_experts)
+            return UNKNOWN_EXPERT;
+    size_t bytes = (size_t)(pairs * r->width * type_size((enum type)r->type));
+    struct grouped g = {r, malloc((size_t)pairs * sizeof(i64)), malloc(bytes), malloc(bytes)};
+    i64 *next = calloc((size_t)r->num_experts, sizeof(i64));
+    struct expert *present = malloc((size_t)r->num_experts * sizeof *present);
+    int failed = OUT_OF_MEMORY;
+    if (!pairs || (g.places && g.rows && g.outputs && next && present)) {
+        i64 count = group(&g, next, present);
+        int threads = pairs * r->width < SERIAL_ELEMENTS ? 1 : (int)r->threads;
+        in_parallel(scatter_share, &g, threads);
+        failed = conclave_experts(g.rows, r->width, r->hidden, (int)r->type, (int)r->w_type,
+                                  present, count, g.outputs, (int)r->threads);
+        if (!failed)
+            in_parallel(combine_share, &g, threads);
+    }
+    free(g.places);
+    free(g.rows);
+    free(g.outputs);
+    free(next);
+    free(present);
+    return failed;
+}
