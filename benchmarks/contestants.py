@@ -55,6 +55,7 @@ class Engine:
         max_batched_tokens: int = MAX_BATCHED_TOKENS,
         max_tokens: int = 16384,
         num_blocks: int = 4096,
+        quantization: str = "none",
     ) -> None:
         """`max_tokens` is the longest prompt with its answer."""
         config = load_config(folder)
@@ -69,7 +70,9 @@ class Engine:
             prefix_caching=True,
             num_snapshots=8,
         )
-        self._executor = LocalExecutor(config, folder, dtype, self.limits)
+        self._executor = LocalExecutor(
+            config, folder, dtype, self.limits, quantization=quantization
+        )
         self._epoch = 0
 
     def run(

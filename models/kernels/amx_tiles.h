@@ -21,4 +21,15 @@ static inline __m512i read_values(const uint16_t *p, i64 n)
     return _mm512_maskz_loadu_epi16(mask, p);
 }
 
+typedef uint16_t weight_tile[TILE][DEPTH];
+
+/* Of a pair of row tiles: [half of the outputs * 2 + tile of the pair][output][row]. */
+typedef float sum_tiles[4][TILE][TILE];
+
+/* [outputs][rows] tiles → sums[row * PANEL + output]. */
+void amx_turn_over(i64 rows, sum_tiles *tiles, float *sums);
+
+/* The tile intrinsics do not tell the compiler what they read: it must be in memory by then. */
+#define WRITTEN(p) __asm__ volatile("" : : "r"(p) : "memory")
+
 #endif

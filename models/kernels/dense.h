@@ -55,6 +55,8 @@ void amx_pack(struct block *x, const void *values, i64 group);
 void amx_begin(i64 rows);
 void amx_end(void);
 panel_sums amx_panel;
+#define INT8_ROWS 64 /* up to which int8 weights have a panel of their own */
+panel_sums int8_panel;
 
 #else /* never called */
 
@@ -65,6 +67,7 @@ panel_sums amx_panel;
 #define amx_begin(rows) ((void)0)
 #define amx_end() ((void)0)
 #define amx_panel dot_panel
+#define int8_panel dot_panel
 
 #endif
 

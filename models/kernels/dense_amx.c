@@ -13,10 +13,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "amx_tiles.h"
+#include "int8_tiles.h"
 
-#define STEP 2   /* of int8 tiles that are converted while others are multiplied */
-#define AHEAD 64 /* bytes that int8 weights are asked for before their turn */
 #define CHUNK 16 /* tiles along K whose weights are copied together: 32 KiB for a panel */
 
 /* From here on, half a panel is enough to read in one go (measured; the sums are the same). */
@@ -30,11 +28,6 @@ struct __attribute__((packed)) tile_config {
     uint16_t row_bytes[16];
     uint8_t rows[16];
 };
-
-typedef uint16_t weight_tile[TILE][DEPTH];
-
-/* The tile intrinsics do not tell the compiler what they read: it must be in memory by then. */
-#define WRITTEN(p) __asm__ volatile("" : : "r"(p) : "memory")
 
 /* Asks the operating system once; threads that ask at the same time get the same answer. */
 int amx_available(void)
@@ -62,23 +55,6 @@ void amx_begin(i64 rows)
 
 void amx_end(void) { _tile_release(); }
 
-/* Two bytes in each of 32 words: their low ones as bfloat16, divided by 256.
- *
- * As a half float, 0x4400 with u in its last bits is 4 + u / 256; u is v + 128. What is left after
- * taking 4.5 away fits bfloat16, whose exponent is 112 more: as a half's is below 16, or-ing adds.
- */
-static inline __m512i low_bytes(__m512i words)
-{
-    const __m512i byte = _mm512_set1_epi16(0xff), four = _mm512_set1_epi16(0x4480);
-    const __m512i half = _mm512_set1_epi16((short)0x8fff), bias = _mm512_set1_epi16(0x3800);
-    __m512i shifted = _mm512_ternarylogic_epi32(words, byte, four, 0x6a); /* (a & b) ^ c */
-    __m512i v = _mm512_castph_si512(
-        _mm512_sub_ph(_mm512_castsi512_ph(shifted), _mm512_castsi512_ph(_mm512_set1_epi16(0x4480))));
-    __mmask32 nonzero = _mm512_test_epi16_mask(v, v);
-    v = _mm512_ternarylogic_epi32(_mm512_srai_epi16(v, 3), half, bias, 0xea); /* (a & b) | c */
-    return _mm512_maskz_mov_epi16(nonzero, v);
-}
-
 /* Copies tiles first_tile.. of 16 outputs, zeros where there is nothing. */
 static void copy_bf16(const struct matrix *w, i64 first, i64 outputs, i64 first_tile, i64 tiles,
                       weight_tile *to)
@@ -93,20 +69,17 @@ static void copy_bf16(const struct matrix *w, i64 first, i64 outputs, i64 first_
     }
 }
 
-/* The same, from int8 to bfloat16 in two steps of 32 at a time; asks for what comes next. */
+/* The same, from int8 to bfloat16. */
 static void copy_int8(const struct matrix *w, i64 first, i64 outputs, i64 first_tile, i64 tiles,
                       weight_tile *to)
 {
+    struct source source = source_of(w, first, outputs);
     for (i64 tile = 0; tile < tiles; tile += 2) {
-        i64 offset = (first_tile + tile) * DEPTH, n = w->width - offset;
-        const int8_t *from = (const int8_t *)w->values + first * w->width + offset;
-        __mmask64 mask = n >= 64 ? ~(__mmask64)0 : ((__mmask64)1 << n) - 1;
-        for (i64 j = 0; j < TILE; j++, from += w->width) {
-            __m512i v = _mm512_maskz_loadu_epi8(j < outputs ? mask : 0, from);
-            _mm_prefetch(from + AHEAD, _MM_HINT_T0);
-            _mm512_storeu_si512(to[tile][j], low_bytes(v));
-            _mm512_storeu_si512(to[tile + 1][j], low_bytes(_mm512_srli_epi16(v, 8)));
-        }
+        i64 k = (first_tile + tile) * DEPTH;
+        if (outputs >= TILE && w->width - k >= PAIR)
+            convert(&source, k, 0, TILE, 1, to + tile);
+        else
+            convert(&source, k, 0, TILE, 0, to + tile);
     }
 }
 
@@ -158,9 +131,6 @@ static inline void multiply_tall(struct weights w, const char *x, i64 apart, i64
     }
 }
 
-/* Of a pair of row tiles: [half of the outputs * 2 + tile of the pair][output][row]. */
-typedef float sum_tiles[4][TILE][TILE];
-
 static inline void take_sums(int are_there, float *a, float *b, float *c, float *d)
 {
     _tile_zero(0);
@@ -211,8 +181,7 @@ static void accumulate(const struct block *x, struct weights w, i64 first_tile, 
     }
 }
 
-/* [outputs][rows] tiles → sums[row * PANEL + output]. */
-static void turn_over(i64 rows, sum_tiles *tiles, float *sums)
+void amx_turn_over(i64 rows, sum_tiles *tiles, float *sums)
 {
     for (i64 row = 0; row < rows; row += TILE)
         for (int half = 0; half < 2; half++) {
@@ -224,35 +193,6 @@ static void turn_over(i64 rows, sum_tiles *tiles, float *sums)
             for (i64 i = 0; i < TILE && row + i < rows; i++)
                 _mm512_storeu_si512(sums + (row + i) * PANEL + half * TILE, v[i]);
         }
-}
-
-/* Few rows: the next tiles are converted while the processor multiplies the last ones. */
-static void int8_narrow(const struct block *x, const struct matrix *w, i64 first, i64 outputs,
-                        sum_tiles *sums)
-{
-    _Alignas(64) weight_tile copied[2][2][STEP];
-    i64 columns = tile_rows(x->rows), along = tiles_along(w->width), last = 0;
-    const char *packed = x->packed;
-    _tile_zero(0);
-    _tile_zero(2);
-    for (i64 tile = 0, step = 0; last || tile < along; step++) {
-        weight_tile(*next)[STEP] = copied[step % 2], (*ready)[STEP] = copied[1 - step % 2];
-        i64 count = along - tile < STEP ? along - tile : STEP;
-        if (count) {
-            copy_int8(w, first, outputs, tile, count, next[0]);
-            copy_int8(w, first + TILE, outputs - TILE, tile, count, next[1]);
-        }
-        if (last) {
-            struct weights there = {(char *)ready[0], (char *)ready[1], 64, sizeof(weight_tile)};
-            WRITTEN(ready);
-            multiply_narrow(there, packed, columns, last);
-            packed += last * columns * 64;
-        }
-        tile += count;
-        last = count;
-    }
-    _tile_stored(0, sums[0][0], 64);
-    _tile_stored(2, sums[0][2], 64);
 }
 
 void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 outputs, float *sums)
@@ -269,10 +209,6 @@ void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 out
         if (tile)
             accumulate(x, here, 0, tile, tiles);
     }
-    if (w->type == I8 && x->rows <= TILE) {
-        int8_narrow(x, w, first, outputs, tiles);
-        tile = along;
-    }
     while (tile < along) {
         i64 count = along - tile < CHUNK ? along - tile : CHUNK, end = tile + count;
         for (int half = 0; half < 2; half++)
@@ -283,7 +219,7 @@ void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 out
         accumulate(x, there, tile, count, tiles);
         tile = end;
     }
-    turn_over(x->rows, tiles, sums);
+    amx_turn_over(x->rows, tiles, sums);
 }
 
 #endif

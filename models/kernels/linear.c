@@ -139,7 +139,9 @@ static void multiply_share(void *context, int index, int count)
     for (int i = 0; i < p->count; i++) {
         const struct product *product = p->all + i;
         const struct block *x = &product->x;
-        panel_sums *panel = x->layout ? amx_panel : dot_panel;
+        panel_sums *panel = x->layout == INT8_TILES   ? int8_panel
+                            : x->layout == BF16_TILES ? amx_panel
+                                                      : dot_panel;
         i64 outputs = product->weight->outputs, first, end;
         share((outputs + PANEL - 1) / PANEL, index, count, &first, &end);
         if (x->layout)

@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from models.kernels import gates
 from models.layers.moe import divide_by_p_norm, softmax_top_k, sparse_mixer
-from tests.models.test_native_attention import VARIANTS
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_native_rows import ERROR, dtypes, randn, row_counts, same_threads, seeds
 
 __all__ = ["same_threads"]
+
+pytestmark = needs_kernels
 
 NAN = float("nan")
 

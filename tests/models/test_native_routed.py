@@ -12,10 +12,12 @@ from models.interface import ExpertWeights
 from models.kernels.routed import RoutedExperts
 from router.permutation import combine, permute
 from shards.quantization import quantize_rows
-from tests.models.test_native_attention import VARIANTS
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_native_rows import dtypes, randn, same_threads, seeds
 
 __all__ = ["same_threads"]
+
+pytestmark = needs_kernels
 
 ERROR = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}
 
