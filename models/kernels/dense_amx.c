@@ -170,13 +170,18 @@ static void accumulate(const struct block *x, struct weights w, i64 first_tile, 
         }
         return;
     }
+    if (x->rows <= TILE) {
+        float(*s)[TILE][TILE] = sums[0];
+        take_sums(first_tile != 0, s[0][0], s[1][0], s[2][0], s[3][0]);
+        multiply_narrow(w, packed, columns, tiles);
+        _tile_stored(0, s[0][0], 64);
+        _tile_stored(2, s[2][0], 64);
+        return;
+    }
     for (i64 pair = 0; pair < (amx_row_tiles(x->rows) + 1) / 2; pair++, packed += 2 * apart) {
         float(*s)[TILE][TILE] = sums[pair];
         take_sums(first_tile != 0, s[0][0], s[1][0], s[2][0], s[3][0]);
-        if (x->rows > TILE)
-            multiply_wide(w, packed, packed + apart, tiles);
-        else
-            multiply_narrow(w, packed, columns, tiles);
+        multiply_wide(w, packed, packed + apart, tiles);
         keep_sums(s[0][0], s[1][0], s[2][0], s[3][0]);
     }
 }
@@ -195,6 +200,16 @@ void amx_turn_over(i64 rows, sum_tiles *tiles, float *sums)
         }
 }
 
+/* While the sums of a panel are finished nothing else is read: its first lines are asked for before.
+ * More of them, or all its lines while the panel before is multiplied, is slower. */
+static inline void ask_for_panel(const char *values, i64 row_bytes)
+{
+    for (int row = 0; row < PANEL; row++, values += row_bytes) {
+        _mm_prefetch(values, _MM_HINT_T0);
+        _mm_prefetch(values + 64, _MM_HINT_T0);
+    }
+}
+
 void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 outputs, float *sums)
 {
     _Alignas(64) weight_tile copied[2][CHUNK];
@@ -208,6 +223,8 @@ void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 out
         tile = w->width / DEPTH;
         if (tile)
             accumulate(x, here, 0, tile, tiles);
+        if (first + 2 * PANEL <= w->outputs)
+            ask_for_panel(top + PANEL * row_bytes, row_bytes);
     }
     while (tile < along) {
         i64 count = along - tile < CHUNK ? along - tile : CHUNK, end = tile + count;
