@@ -56,6 +56,7 @@ class Engine:
         max_tokens: int = 16384,
         num_blocks: int = 4096,
         quantization: str = "none",
+        prefix_caching: bool = True,
     ) -> None:
         """`max_tokens` is the longest prompt with its answer."""
         config = load_config(folder)
@@ -67,8 +68,8 @@ class Engine:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_batched_tokens,
             max_model_len=max_tokens,
-            prefix_caching=True,
-            num_snapshots=8,
+            prefix_caching=prefix_caching,
+            num_snapshots=8 if prefix_caching else 0,
         )
         self._executor = LocalExecutor(
             config, folder, dtype, self.limits, quantization=quantization

@@ -26,6 +26,7 @@ class Conclave:
             dtype=dtype_of(load.dtype),
             max_batched_tokens=MAX_BATCHED_TOKENS,
             max_tokens=load.max_tokens,
+            prefix_caching=False,  # as in vLLM and the servers: no prompt comes twice
             num_blocks=load.max_batch * (load.max_tokens // BLOCK_SIZE + 2),
         )
         self.notes: list[str] = []
