@@ -12,19 +12,16 @@ import argparse
 import os
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from benchmarks.contestants import Engine
+from benchmarks.kernel_clock import timed_kernels
 from benchmarks.mid_checkpoints import MID, write_random
-from models.kernels import functions, native, variants
 
 MOST_MICROSECONDS = 60.0
 """The goal for one layer at batch 1, outside kernels."""
@@ -57,61 +54,6 @@ def tiny_config(family: str, num_layers: int) -> dict[str, Any]:
 
 
 @dataclass
-class KernelClock:
-    """Seconds inside the C functions, and how often they were called."""
-
-    seconds: float = 0.0
-    calls: int = 0
-
-
-class _TimedFunction:
-    """A C function that adds its time to a clock."""
-
-    def __init__(self, function: Callable[..., Any], clock: KernelClock) -> None:
-        self.__dict__.update(function=function, clock=clock)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["function"], name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self.__dict__["function"], name, value)
-
-    def __call__(self, *arguments: Any) -> Any:
-        begin = time.perf_counter()
-        result = self.__dict__["function"](*arguments)
-        clock = self.__dict__["clock"]
-        clock.seconds += time.perf_counter() - begin
-        clock.calls += 1
-        return result
-
-
-class _TimedLibrary:
-    def __init__(self, library: Any, clock: KernelClock) -> None:
-        self._library = library
-        self._clock = clock
-
-    def __getattr__(self, name: str) -> _TimedFunction:
-        return _TimedFunction(getattr(self._library, name), self._clock)
-
-    def __getitem__(self, name: str) -> _TimedFunction:
-        return _TimedFunction(self._library[name], self._clock)
-
-
-@contextmanager
-def timed_kernels() -> Iterator[KernelClock]:
-    """Every C function that is looked up meanwhile adds to the clock."""
-    clock = KernelClock()
-    load = variants.load
-    timed: Callable[..., Any] = lambda variant: _TimedLibrary(load(variant), clock)  # noqa: E731
-    functions.function.cache_clear()
-    with patch.object(native, "load", timed), patch.object(functions, "load", timed):
-        native.use_kernels("auto")
-        yield clock
-    functions.function.cache_clear()
-    native.use_kernels("auto")
-
-
-@dataclass
 class StepTimes:
     """Microseconds of one decode step in all, of its planning and in kernels; C calls of a step."""
 
@@ -137,12 +79,12 @@ def measure(folders: Sequence[Path], batch: int, args: argparse.Namespace) -> li
         step.planning.append(statistics.median(timed.planning) * 1e6)
     with timed_kernels() as clock:
         for step, engine in each_round(folders, times, batch, args.rounds):
-            before = replace(clock)
-            engine.run(prompts, 1)
-            prefill = clock.seconds - before.seconds, clock.calls - before.calls
-            before = replace(clock)
+            clock.clear()
+            engine.run(prompts, 1)  # what comes before the first decode step
+            prefill = clock.seconds.total(), clock.calls.total()
+            clock.clear()
             engine.run(prompts, args.tokens)
-            decode = clock.seconds - before.seconds, clock.calls - before.calls
+            decode = clock.seconds.total(), clock.calls.total()
             seconds, calls = (
                 (d - p) / (args.tokens - 1) for d, p in zip(decode, prefill, strict=True)
             )

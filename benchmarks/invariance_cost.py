@@ -1,146 +1,113 @@
-"""What it costs that no bit depends on the batch: our kernels against the fastest of each product.
+"""What it costs that no bit depends on the batch, against the fastest of our own kernels.
 
-The other side may choose, for every number of rows and shape, between the kernels as they are,
-those of the other variants and PyTorch's own product, whichever was fastest when it was tried.
-Attention, scan and norms are the same on both sides.
+Every C function is there in several orders of summation: AMX tiles, vectors of 16, vectors of 8.
+A server that did not care for bits would take for each function, product shape and batch whichever
+is fastest there. The same work is run with each, in turn, and the time inside each function
+is taken; the cost is what choosing freely would save of a whole step.
 
-    python -m benchmarks.invariance_cost FOLDER... --batches 1 8 32
+.venv/bin/python -m benchmarks.invariance_cost --families dbrx phimoe jamba --batches 1 8 32
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+import tempfile
+from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
-from benchmarks.contestants import Engine, Timed
-from benchmarks.engine import decode_rate, load_line, prompts_of
-from models.interface import ExpertWeights
-from models.kernels.native import NativeKernels, native_kernels
+from benchmarks.contestants import Engine
+from benchmarks.engine import load_line, prompts_of
+from benchmarks.kernel_clock import timed_kernels
+from benchmarks.mid_checkpoints import MID, write_checkpoint
 from models.kernels.variants import supported_variants
 
-_TRIES = 3
-Way = Callable[[], Tensor]
+GOALS = {"dbrx": 0.02, "phimoe": 0.02, "jamba": 0.05}
+
+Seconds = dict[str, dict[str, float]]
+"""By variant and C function, or "step" for all of a run."""
 
 
-class Fastest:
-    """Remembers which way was fastest for each kind of call."""
+class Work:
+    """Prefill or decode of one batch: what it takes with each variant."""
 
-    def __init__(self) -> None:
-        self._seconds: dict[object, list[list[float]]] = {}
-        self._chosen: dict[object, int] = {}
+    def __init__(self, engine: Engine, batch: int, args: argparse.Namespace) -> None:
+        self._engine = engine
+        self._prompts = prompts_of(batch, args.prompt)
+        self._tokens = args.tokens
 
-    def __call__(self, kind: object, ways: Sequence[Way]) -> Tensor:
-        """Run the fastest way; the first calls of a kind, with weights not in a cache, try all."""
-        if kind in self._chosen:
-            return ways[self._chosen[kind]]()
-        seconds = self._seconds.setdefault(kind, [[] for _ in ways])
-        way = min(range(len(ways)), key=lambda i: len(seconds[i]))
-        begin = time.perf_counter()
-        out = ways[way]()
-        seconds[way].append(time.perf_counter() - begin)
-        if all(len(each) == _TRIES for each in seconds):
-            medians = [statistics.median(each) for each in seconds]
-            self._chosen[kind] = medians.index(min(medians))
-        return out
-
-
-@contextmanager
-def free_order(fastest: Fastest) -> Iterator[None]:
-    """Products in whatever order is fastest for their shape."""
-    variants = [NativeKernels(variant) for variant in supported_variants()]
-    linear, experts = NativeKernels.linear, NativeKernels.experts
-
-    def any_linear(self: NativeKernels, x: Tensor, weight: Tensor, *extra: Tensor | None) -> Tensor:
-        ways = [partial(linear, kernels, x, weight, *extra) for kernels in variants]
-        if weight.dtype == x.dtype:
-            ways.append(partial(F.linear, x, weight, extra[0] if extra else None))
-        return fastest(("linear", len(x), weight.shape, weight.dtype), ways)
-
-    def any_experts(
-        self: NativeKernels, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]
-    ) -> Tensor:
-        ways = [partial(experts, kernels, x, groups) for kernels in variants]
-        if groups and groups[0][0].gate.dtype == x.dtype:
-            ways.append(partial(plain_experts, x, groups))
-        # Calls of about as many rows for about as many experts are of a kind.
-        return fastest(("experts", len(x), sum(count > 0 for _, count in groups)), ways)
-
-    with (
-        patch.object(NativeKernels, "linear", any_linear),
-        patch.object(NativeKernels, "experts", any_experts),
-    ):
-        yield
+    def run(self, variant: str) -> tuple[dict[str, float], dict[str, float]]:
+        """Seconds of the prefill and of the decode, by function."""
+        with timed_kernels(variant) as clock:
+            self._engine.run(self._prompts, 1)
+            clock.clear()
+            prefill = self._engine.run(self._prompts, 1).prefill
+            before = Counter(clock.seconds)
+            clock.clear()
+            timed = self._engine.run(self._prompts, self._tokens)
+            # The decode's own: without the prefill that was measured before.
+            decode = {name: clock.seconds[name] - before[name] for name in before}
+        return {**before, "step": prefill}, {**decode, "step": timed.decode}
 
 
-def plain_experts(x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
-    """PyTorch's own products, an expert at a time."""
-    parts = x.split([count for _, count in groups])
-    outputs = []
-    for part, (w, _) in zip(parts, groups, strict=True):
-        hidden = F.silu(F.linear(part, w.gate)) * F.linear(part, w.up)
-        outputs.append(F.linear(hidden, w.down))
-    return torch.cat(outputs)
-
-
-def compare(folder: Path, args: argparse.Namespace) -> None:
-    """One line for each batch: tokens per second of both sides and what is lost."""
-    engine = Engine(folder, max(args.batches))
-    for batch in args.batches:
-        prompts = prompts_of(batch, args.prompt)
-        fastest = Fastest()
-        runs: dict[str, list[Timed]] = {"ours": [], "free": []}
-        with free_order(fastest):
-            engine.run(prompts, args.tokens)  # tries every way
-        engine.run(prompts, args.tokens)
-        for turn in range(args.rounds):
-            for side in ("ours", "free") if turn % 2 else ("free", "ours"):
-                if side == "ours":
-                    runs[side].append(engine.run(prompts, args.tokens))
-                else:
-                    with free_order(fastest):
-                        runs[side].append(engine.run(prompts, args.tokens))
-        _print(folder.name, batch, args.prompt, runs)
-
-
-def _print(name: str, batch: int, prompt: int, runs: dict[str, list[Timed]]) -> None:
-    def prefill(side: str) -> float:
-        return batch * prompt / statistics.median(run.prefill for run in runs[side])
-
-    rates: dict[str, Any] = {
-        "prefill": (prefill("ours"), prefill("free")),
-        "decode": (decode_rate(runs["ours"]), decode_rate(runs["free"])),
+def medians(runs: dict[str, list[dict[str, float]]]) -> Seconds:
+    """By variant and function, over the rounds."""
+    return {
+        variant: {name: statistics.median(run[name] for run in taken) for name in taken[0]}
+        for variant, taken in runs.items()
     }
-    for phase, (ours, free) in rates.items():
-        print(f"{name:12} {batch:3} {phase:8} {ours:8.1f} {free:8.1f} {1 - ours / free:7.1%}")
+
+
+def cost(seconds: Seconds, ours: str) -> tuple[float, dict[str, str]]:
+    """The share of our step that choosing freely would save, and where another variant wins."""
+    saved, winners = 0.0, {}
+    for name, mine in seconds[ours].items():
+        best = min(seconds, key=lambda variant: seconds[variant][name])
+        if name != "step" and best != ours:
+            saved += mine - seconds[best][name]
+            winners[name] = f"{best} {seconds[best][name] / mine:.2f}"
+    return saved / seconds[ours]["step"], winners
+
+
+def compare(family: str, args: argparse.Namespace) -> None:
+    """Two lines for each batch."""
+    names = [variant.name for variant in supported_variants()]
+    with tempfile.TemporaryDirectory() as scratch:
+        write_checkpoint("mid", family, Path(scratch))
+        engine = Engine(Path(scratch), max(args.batches), max_batched_tokens=2048)
+    for batch in args.batches:
+        work = Work(engine, batch, args)
+        runs: dict[str, dict[str, list[dict[str, float]]]] = defaultdict(lambda: defaultdict(list))
+        for _ in range(args.rounds):
+            for name in names:
+                for phase, taken in zip(("prefill", "decode"), work.run(name), strict=True):
+                    runs[phase][name].append(taken)
+        for phase, by_variant in runs.items():
+            share, winners = cost(medians(by_variant), names[0])
+            verdict = "met" if share <= GOALS[family] else "MISSED"
+            why = "; ".join(f"{name}: {better}" for name, better in winners.items())
+            print(f"{family:7} {batch:5}  {phase:8} {share:6.1%}  {verdict:6}  {why}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--families", nargs="+", default=list(MID), choices=list(MID))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=17)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    assert native_kernels("linear", torch.bfloat16, torch.device("cpu")), "no native kernels here"
-    print(load_line())
-    print(f"{'model':12} seq {'phase':8} {'ours':>8} {'free':>8}  cost   (tokens/s)")
-    for folder in args.folders:
-        compare(folder, args)
+    print(f"{args.threads} threads, {load_line()}; goals: 2 %, Jamba 5 %")
+    print(
+        "family  batch  phase     cost  goal    where another variant is faster: share of our time"
+    )
+    for family in args.families:
+        compare(family, args)
 
 
 if __name__ == "__main__":
