@@ -5,6 +5,8 @@
 
 #include "amx_tiles.h"
 
+#define SOON 512 /* bytes ahead of which a row is asked into the first-level cache */
+
 i64 amx_row_tiles(i64 rows)
 {
     return rows <= TILE ? 1 : (rows + 2 * TILE - 1) / (2 * TILE) * 2;
@@ -46,6 +48,9 @@ void amx_pack(struct block *x, const void *values, i64 group)
         for (i64 r = 0; r < TILE; r++) {
             i64 row = group * TILE + r, offset = row * x->width + tile * DEPTH;
             i64 n = row < x->rows ? x->width - tile * DEPTH : 0;
+            if (n > 0)
+                for (int line = 0; line < 2; line++) /* too many rows for the hardware to foresee */
+                    _mm_prefetch((const char *)values + 2 * offset + SOON + 64 * line, _MM_HINT_T0);
             left[r] = read_values((const uint16_t *)values + offset, n);
             right[r] = read_values((const uint16_t *)values + offset + DEPTH, n - DEPTH);
             if (x->layout == INT8_TILES) {

@@ -26,6 +26,28 @@ typedef uint16_t weight_tile[TILE][DEPTH];
 /* Of a pair of row tiles: [half of the outputs * 2 + tile of the pair][output][row]. */
 typedef float sum_tiles[4][TILE][TILE];
 
+static inline void take_sums(int are_there, float *a, float *b, float *c, float *d)
+{
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    if (are_there) {
+        _tile_loadd(0, a, 64);
+        _tile_loadd(1, b, 64);
+        _tile_loadd(2, c, 64);
+        _tile_loadd(3, d, 64);
+    }
+}
+
+static inline void keep_sums(float *a, float *b, float *c, float *d)
+{
+    _tile_stored(0, a, 64);
+    _tile_stored(1, b, 64);
+    _tile_stored(2, c, 64);
+    _tile_stored(3, d, 64);
+}
+
 /* [outputs][rows] tiles → sums[row * PANEL + output]. */
 void amx_turn_over(i64 rows, sum_tiles *tiles, float *sums);
 

@@ -8,7 +8,8 @@
 #include "vector.h"
 
 #define PANEL 32      /* outputs computed together */
-#define BLOCK_ROWS 256 /* most rows packed together */
+#define BLOCK_ROWS 256 /* most rows packed together as floats */
+#define MANY_ROWS 512  /* the same as tiles */
 
 /* A weight [N, K], row after row; scale [N] and bias [N] may be missing. */
 struct matrix {
@@ -22,7 +23,7 @@ struct matrix {
 /* Floats row after row; or AMX tiles, for weights of either type. */
 enum layout { FLOATS, BF16_TILES, INT8_TILES };
 
-/* At most BLOCK_ROWS rows, rearranged once for every panel of every matrix of one type. */
+/* Rows, rearranged once for every panel of every matrix of one type. */
 struct block {
     void *packed;
     i64 rows, width;
@@ -54,9 +55,11 @@ size_t amx_packed_bytes(i64 rows, i64 width);
 void amx_pack(struct block *x, const void *values, i64 group);
 void amx_begin(i64 rows);
 void amx_end(void);
-panel_sums amx_panel;
-#define INT8_ROWS 64 /* up to which int8 weights have a panel of their own */
-panel_sums int8_panel;
+/* For bfloat16 and int8 weights, at most amx_few_rows rows. */
+panel_sums amx_panel, int8_panel;
+
+/* More go another way, which copies weights and so needs rows to make up for it (measured). */
+static inline i64 amx_few_rows(enum layout layout) { return layout == INT8_TILES ? 64 : 96; }
 
 #else /* never called */
 
@@ -66,6 +69,7 @@ panel_sums int8_panel;
 #define amx_pack(x, values, group) ((void)0)
 #define amx_begin(rows) ((void)0)
 #define amx_end() ((void)0)
+#define amx_few_rows(layout) 0
 #define amx_panel dot_panel
 #define int8_panel dot_panel
 

@@ -13,7 +13,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "int8_tiles.h"
+#include "amx_tiles.h"
 
 #define CHUNK 16 /* tiles along K whose weights are copied together: 32 KiB for a panel */
 
@@ -56,8 +56,8 @@ void amx_begin(i64 rows)
 void amx_end(void) { _tile_release(); }
 
 /* Copies tiles first_tile.. of 16 outputs, zeros where there is nothing. */
-static void copy_bf16(const struct matrix *w, i64 first, i64 outputs, i64 first_tile, i64 tiles,
-                      weight_tile *to)
+static void copy_tiles(const struct matrix *w, i64 first, i64 outputs, i64 first_tile, i64 tiles,
+                       weight_tile *to)
 {
     for (i64 j = 0; j < TILE; j++) {
         const uint16_t *from = (const uint16_t *)w->values + (first + j) * w->width;
@@ -66,20 +66,6 @@ static void copy_bf16(const struct matrix *w, i64 first, i64 outputs, i64 first_
             __m512i v = read_values(from + offset, j < outputs ? w->width - offset : 0);
             _mm512_storeu_si512(to[tile][j], v);
         }
-    }
-}
-
-/* The same, from int8 to bfloat16. */
-static void copy_int8(const struct matrix *w, i64 first, i64 outputs, i64 first_tile, i64 tiles,
-                      weight_tile *to)
-{
-    struct source source = source_of(w, first, outputs);
-    for (i64 tile = 0; tile < tiles; tile += 2) {
-        i64 k = (first_tile + tile) * DEPTH;
-        if (outputs >= TILE && w->width - k >= PAIR)
-            convert(&source, k, 0, TILE, 1, to + tile);
-        else
-            convert(&source, k, 0, TILE, 0, to + tile);
     }
 }
 
@@ -129,28 +115,6 @@ static inline void multiply_tall(struct weights w, const char *x, i64 apart, i64
         _tile_loadd(7, x + 3 * apart, 64);
         _tile_dpbf16ps(3, 4, 7);
     }
-}
-
-static inline void take_sums(int are_there, float *a, float *b, float *c, float *d)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    if (are_there) {
-        _tile_loadd(0, a, 64);
-        _tile_loadd(1, b, 64);
-        _tile_loadd(2, c, 64);
-        _tile_loadd(3, d, 64);
-    }
-}
-
-static inline void keep_sums(float *a, float *b, float *c, float *d)
-{
-    _tile_stored(0, a, 64);
-    _tile_stored(1, b, 64);
-    _tile_stored(2, c, 64);
-    _tile_stored(3, d, 64);
 }
 
 /* Adds `tiles` tiles along K from `first_tile` on to `sums`, one entry per pair of row tiles. */
@@ -215,8 +179,8 @@ void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 out
     _Alignas(64) weight_tile copied[2][CHUNK];
     _Alignas(64) sum_tiles tiles[BLOCK_ROWS / (2 * TILE)];
     const struct weights there = {(char *)copied[0], (char *)copied[1], 64, sizeof(weight_tile)};
-    i64 along = w->type == I8 ? tiles_along(w->width) : (w->width + DEPTH - 1) / DEPTH, tile = 0;
-    if (w->type == BF16 && outputs == PANEL) {
+    i64 along = (w->width + DEPTH - 1) / DEPTH, tile = 0;
+    if (outputs == PANEL) {
         i64 row_bytes = w->width * 2;
         const char *top = (const char *)w->values + first * row_bytes;
         struct weights here = {top, top + TILE * row_bytes, row_bytes, DEPTH * 2};
@@ -229,10 +193,7 @@ void amx_panel(const struct block *x, const struct matrix *w, i64 first, i64 out
     while (tile < along) {
         i64 count = along - tile < CHUNK ? along - tile : CHUNK, end = tile + count;
         for (int half = 0; half < 2; half++)
-            if (w->type == BF16)
-                copy_bf16(w, first + half * TILE, outputs - half * TILE, tile, count, copied[half]);
-            else
-                copy_int8(w, first + half * TILE, outputs - half * TILE, tile, count, copied[half]);
+            copy_tiles(w, first + half * TILE, outputs - half * TILE, tile, count, copied[half]);
         accumulate(x, there, tile, count, tiles);
         tile = end;
     }

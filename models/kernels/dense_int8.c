@@ -103,10 +103,6 @@ void int8_panel(const struct block *x, const struct matrix *w, i64 first, i64 ou
     struct tiles tiles = {x->packed, tiles_along(x->width) * columns * 64, columns};
     struct source halves[2] = {source_of(w, first, outputs),
                                source_of(w, first + TILE, outputs - TILE)};
-    if (x->rows > INT8_ROWS) {
-        amx_panel(x, w, first, outputs, sums);
-        return;
-    }
     if (x->rows <= TILE) {
         run_pass(NARROW, halves, tiles);
         if (x->rows == 1) { /* a column of sums is a row */

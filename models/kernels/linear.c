@@ -1,34 +1,16 @@
-/* Matrix products and expert FFNs: blocks of rows are packed, panels of outputs shared by threads.
- *
- * Every output of every row is computed whole, by one thread, in the one order of its way (see
- * dense.h): neither the number of rows nor that of threads, nor who shares a block, changes a bit.
- */
+/* The entry points: products and expert FFNs, divided into blocks of rows. */
 #include <stdlib.h>
 
-#include "dense.h"
 #include "experts.h"
-#include "parallel.h"
+#include "products.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 #define MOST_PRODUCTS 64
 #define BATCH_ROWS 1024
-#define PACKED_BYTES (3 << 19)    /* of one block: most of a second-level cache */
-#define SERIAL_ELEMENTS (1 << 15) /* below, waking other threads costs more than it brings */
-
-/* Some rows times one matrix, or silu(rows · gate) ⊙ (rows · weight): → out [rows, outputs]. */
-struct product {
-    struct block x;
-    const char *values;
-    const struct matrix *weight, *gate;
-    char *out;
-    enum type type; /* of values and out */
-};
-
-struct products {
-    struct product *all;
-    int count;
-};
+#define APART_ROWS 192 /* of each thread: from here on rows are divided, not outputs */
+#define TILES_BYTES (1 << 20)  /* of one block: a second-level cache has room for more */
+#define FLOATS_BYTES (3 << 19) /* the same: most of it */
 
 /* Memory of the calling thread that is kept from call to call. */
 static void *reserve(size_t bytes)
@@ -61,112 +43,18 @@ static size_t packed_bytes(enum layout layout, i64 rows, i64 width)
 /* Rows packed together: they stay in the second-level cache while the weight goes by. */
 static i64 block_rows(enum layout layout, i64 width)
 {
-    i64 rows = PACKED_BYTES / (width * (layout ? 2 : 4) + 1) / 32 * 32;
-    return rows < 32 ? 32 : rows > BLOCK_ROWS ? BLOCK_ROWS : rows;
+    i64 most = layout ? MANY_ROWS : BLOCK_ROWS;
+    i64 bytes = layout ? TILES_BYTES : FLOATS_BYTES;
+    i64 rows = bytes / ((width ? width : 1) * (layout ? 2 : 4)) / 32 * 32;
+    return rows < 32 ? 32 : rows > most ? most : rows;
 }
 
-static i64 row_groups(const struct block *x)
+/* The same for blocks of one size, as many for each thread. */
+static i64 even_rows(i64 rows, i64 most, i64 threads)
 {
-    return x->layout ? amx_row_tiles(x->rows) : (x->rows + GROUP_ROWS - 1) / GROUP_ROWS;
-}
-
-static void pack_share(void *context, int index, int count)
-{
-    const struct products *p = context;
-    for (int i = 0; i < p->count; i++) {
-        struct product *product = p->all + i;
-        i64 group, end;
-        share(row_groups(&product->x), index, count, &group, &end);
-        for (; group < end; group++)
-            if (product->x.layout)
-                amx_pack(&product->x, product->values, group);
-            else
-                dot_pack(&product->x, product->type, product->values, group);
-    }
-}
-
-static void read_floats(float *to, enum type type, const void *from, i64 first, i64 count)
-{
-    for (i64 j = 0; j < count; j++) {
-        vec one = v_read_part(type, (const char *)from + (first + j) * type_size(type), 1);
-        to[j] = one[0];
-    }
-}
-
-static void read_scale_and_bias(const struct product *p, const struct matrix *w, i64 first,
-                                i64 outputs, float *scale, float *bias)
-{
-    for (int j = 0; j < PANEL; j++) {
-        scale[j] = 1.0f;
-        bias[j] = -0.0f; /* adding it changes nothing */
-    }
-    if (w->scale)
-        read_floats(scale, F32, w->scale, first, outputs);
-    if (p->x.layout == INT8_TILES)
-        for (int j = 0; j < PANEL; j++)
-            scale[j] *= AMX_INT8_SCALE;
-    if (w->bias)
-        read_floats(bias, p->type, w->bias, first, outputs);
-}
-
-/* Scales, biases, gates and rounds the sums of one panel. */
-static void finish(const struct product *p, i64 first, i64 outputs, const float *sums,
-                   const float *gate_sums)
-{
-    float scale[PANEL], bias[PANEL], gate_scale[PANEL], unused[PANEL];
-    i64 size = type_size(p->type);
-    read_scale_and_bias(p, p->weight, first, outputs, scale, bias);
-    if (p->gate)
-        read_scale_and_bias(p, p->gate, first, outputs, gate_scale, unused);
-    for (i64 row = 0; row < p->x.rows; row++) {
-        char *out = p->out + (row * p->weight->outputs + first) * size;
-        for (i64 j = 0; j < outputs; j += VW, out += VW * size) {
-            vec v = v_load(sums + row * PANEL + j) * v_load(scale + j) + v_load(bias + j);
-            if (p->gate)
-                v *= v_silu(v_load(gate_sums + row * PANEL + j) * v_load(gate_scale + j));
-            if (outputs - j >= VW)
-                v_write(p->type, out, v);
-            else
-                v_write_part(p->type, out, v, outputs - j);
-        }
-    }
-}
-
-static void multiply_share(void *context, int index, int count)
-{
-    _Alignas(64) float sums[BLOCK_ROWS * PANEL], gate_sums[BLOCK_ROWS * PANEL];
-    const struct products *p = context;
-    for (int i = 0; i < p->count; i++) {
-        const struct product *product = p->all + i;
-        const struct block *x = &product->x;
-        panel_sums *panel = x->layout == INT8_TILES   ? int8_panel
-                            : x->layout == BF16_TILES ? amx_panel
-                                                      : dot_panel;
-        i64 outputs = product->weight->outputs, first, end;
-        share((outputs + PANEL - 1) / PANEL, index, count, &first, &end);
-        if (x->layout)
-            amx_begin(x->rows);
-        for (first *= PANEL; first < end * PANEL; first += PANEL) {
-            i64 here = outputs - first < PANEL ? outputs - first : PANEL;
-            if (product->gate)
-                panel(x, product->gate, first, here, gate_sums);
-            panel(x, product->weight, first, here, sums);
-            finish(product, first, here, sums, gate_sums);
-        }
-        if (x->layout)
-            amx_end();
-    }
-}
-
-static void run(struct products p, int threads)
-{
-    i64 values = 0, weights = 0;
-    for (int i = 0; i < p.count; i++) {
-        values += p.all[i].x.rows * p.all[i].x.width;
-        weights += p.all[i].weight->outputs * p.all[i].weight->width;
-    }
-    in_parallel(pack_share, &p, values < SERIAL_ELEMENTS ? 1 : threads);
-    in_parallel(multiply_share, &p, weights < SERIAL_ELEMENTS ? 1 : threads);
+    i64 blocks = ((rows + most - 1) / most + threads - 1) / threads * threads;
+    i64 even = ((rows + blocks - 1) / blocks + 31) / 32 * 32;
+    return even < rows ? even : rows;
 }
 
 /* out [rows, outputs] = x [rows, width] · valuesᵀ · scale + bias; scale and bias may be NULL. */
@@ -176,21 +64,22 @@ EXPORT int conclave_linear(const void *x, i64 rows, i64 width, int x_type, const
 {
     struct matrix w = {values, scale, bias, (enum type)w_type, outputs, width};
     enum layout layout = layout_of((enum type)x_type, w.type);
-    i64 size = type_size((enum type)x_type);
     i64 most = block_rows(layout, width);
-    void *packed = reserve(packed_bytes(layout, rows < most ? rows : most, width));
+    int is_apart = layout && threads > 1 && rows >= APART_ROWS * threads;
+    if (is_apart)
+        most = even_rows(rows, most, threads);
+    size_t slot = packed_bytes(layout, rows < most ? rows : most, width);
+    void *packed = reserve(is_apart ? slot * (size_t)threads : slot);
     if (!packed && rows)
         return OUT_OF_MEMORY;
-    for (i64 row = 0; row < rows; row += most) {
-        i64 count = rows - row < most ? rows - row : most;
-        struct product product = {{packed, count, width, layout},
-                                  (const char *)x + row * width * size,
-                                  &w,
-                                  NULL,
-                                  (char *)out + row * outputs * size,
-                                  (enum type)x_type};
-        run((struct products){&product, 1}, threads);
-    }
+    struct product all = {{packed, rows, width, layout}, x, &w, NULL, out, (enum type)x_type};
+    if (is_apart)
+        run_apart(&all, most, slot, threads);
+    else
+        for (i64 row = 0; row < rows; row += most) {
+            struct product product = rows_of(&all, row, most);
+            run_products((struct products){&product, 1}, threads);
+        }
     return 0;
 }
 
@@ -235,8 +124,8 @@ static int run_slices(const struct ffn *f, const struct slice *slices, int count
         back[i] = (struct product){{packed_hidden, s->rows, f->hidden, f->layout},
                                    hidden, &s->down, NULL, out + offset, f->x_type};
     }
-    run((struct products){into, count}, f->threads);
-    run((struct products){back, count}, f->threads);
+    run_products((struct products){into, count}, f->threads);
+    run_products((struct products){back, count}, f->threads);
     return 0;
 }
 
@@ -250,7 +139,7 @@ EXPORT int conclave_experts(const void *x, i64 width, i64 hidden, int x_type, in
     struct slice slices[MOST_PRODUCTS];
     for (const struct expert *e = experts; e < experts + num_experts; e++)
         for (i64 done = 0; done < e->rows;) {
-            i64 here = e->rows - done < most ? e->rows - done : most;
+            i64 here = even_rows(e->rows - done, most, 1);
             if (count == MOST_PRODUCTS || (count && rows + here > BATCH_ROWS)) {
                 if (run_slices(&f, slices, count, x, out))
                     return OUT_OF_MEMORY;
