@@ -1,8 +1,7 @@
 /* The entry points: products and expert FFNs, divided into blocks of rows. */
-#include <stdlib.h>
-
 #include "experts.h"
 #include "products.h"
+#include "scratch.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -12,20 +11,7 @@
 #define TILES_BYTES (1 << 20)  /* of one block: a second-level cache has room for more */
 #define FLOATS_BYTES (3 << 19) /* the same: most of it */
 
-/* Memory of the calling thread that is kept from call to call. */
-static void *reserve(size_t bytes)
-{
-    static __thread char *memory;
-    static __thread size_t size;
-    if (bytes > size) {
-        free(memory);
-        size = (bytes + 4095) / 4096 * 4096;
-        memory = aligned_alloc(4096, size);
-        if (!memory)
-            size = 0;
-    }
-    return memory;
-}
+static __thread struct scratch blocks;
 
 static enum layout layout_of(enum type x, enum type w)
 {
@@ -69,7 +55,7 @@ EXPORT int conclave_linear(const void *x, i64 rows, i64 width, int x_type, const
     if (is_apart)
         most = even_rows(rows, most, threads);
     size_t slot = packed_bytes(layout, rows < most ? rows : most, width);
-    void *packed = reserve(is_apart ? slot * (size_t)threads : slot);
+    void *packed = reserve(&blocks, is_apart ? slot * (size_t)threads : slot);
     if (!packed && rows)
         return OUT_OF_MEMORY;
     struct product all = {{packed, rows, width, layout}, x, &w, NULL, out, (enum type)x_type};
@@ -107,7 +93,7 @@ static int run_slices(const struct ffn *f, const struct slice *slices, int count
         bytes += packed_bytes(f->layout, slices[i].rows, f->width) +
                  packed_bytes(f->layout, slices[i].rows, f->hidden) +
                  (size_t)((slices[i].rows * f->hidden * size + 63) / 64 * 64);
-    char *memory = reserve(bytes);
+    char *memory = reserve(&blocks, bytes);
     if (!memory && bytes)
         return OUT_OF_MEMORY;
     for (int i = 0; i < count; i++) {
