@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from models.checkpoint_map import whole
+from models.gate import Gate
 from models.interface import (
     BatchMeta,
     KVCache,
@@ -16,10 +16,9 @@ from models.interface import (
     TensorSlice,
 )
 from models.layers.attention import PagedAttention
-from models.layers.moe import softmax_gate
-from models.layers.norm import layer_norm
+from models.layers.attention_mix import AttentionMix
+from models.layers.moe import route
 from models.layers.rope import RotaryEmbedding
-from models.layers.rowwise import linear, project
 
 if TYPE_CHECKING:
     from models.dbrx import DbrxConfig
@@ -54,28 +53,28 @@ class DbrxLayer:
     ) -> None:
         self.layer_idx = layer_idx
         self._config = config
-        self._attention = attention
-        self._rope = rope
-        self._weights: dict[str, Tensor] = {}
+        self._mix = AttentionMix(
+            attention,
+            rope,
+            projection="out",
+            norms=("norm_1", "norm_2"),
+            norm_eps=NORM_EPS,
+            is_rms=False,
+            limit=config.clip_qkv,
+        )
+        self.chooser: Gate | None = None
 
     def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """norm_1, attention, residual, norm_2: the second norm reads the new residual."""
         assert isinstance(cache, KVCache)
-        w, config = self._weights, self._config
-        qkv = project(layer_norm(x, w["norm_1"], None, NORM_EPS), w, "qkv")
-        heads = qkv.view(x.shape[0], -1, config.head_dim)
-        counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        heads = self._rope.rotate(heads, meta, counts[0] + counts[1], config.clip_qkv)
-        q, k, v = torch.split_with_sizes(heads, counts, dim=1)
-        residual = x + project(self._attention(q, k, v, meta, cache), w, "out")
-        return residual, layer_norm(residual, w["norm_2"], None, NORM_EPS)
+        return self._mix(x, meta, cache)
 
     def gate(self, h: Tensor) -> Routing:
         """Softmax over all experts, top-k, then the p-norm."""
-        logits = linear(h, self._weights["gate"])
-        return softmax_gate(logits, self._config.top_k, self._config.expert_weight_norm)
+        assert self.chooser is not None, f"layer {self.layer_idx} is not loaded"
+        return route(h, self.chooser)
 
-    def mlp(self, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
         """DBRX has no dense layers: never called."""
         raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
 
@@ -89,4 +88,8 @@ class DbrxLayer:
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`."""
-        self._weights = weights
+        self._mix.load(weights)
+        config = self._config
+        self.chooser = Gate(
+            weight=weights["gate"], top_k=config.top_k, p_norm=config.expert_weight_norm
+        )

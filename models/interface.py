@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from models.gate import Gate
+
 
 @dataclass(frozen=True, slots=True)
 class Routing:
@@ -97,6 +99,8 @@ class DecoderLayer(Protocol):
 
     layer_idx: int
     is_moe: bool
+    chooser: Gate | None
+    """MoE layers only, once they are loaded: what `gate` computes."""
 
     def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Norm, attention or Mamba, residual add, second norm: [R, D] → (residual, h), both [R, D].
@@ -107,11 +111,11 @@ class DecoderLayer(Protocol):
     def gate(self, h: Tensor) -> Routing:
         """MoE layers only: scores of [R, D] rows."""
 
-    def mlp(self, h: Tensor) -> Tensor:
-        """Dense layers only: [R, D] → [R, D]."""
+    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+        """Dense layers only: close the layer with residual + FFN(h), [R, D]."""
 
     def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
-        """Close the layer: residual + FFN output, [R, D]."""
+        """Close a MoE layer: residual + experts' output, [R, D]."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,26 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from models.checkpoint_map import stacked, whole
+from models.gate import Gate
 from models.interface import (
     BatchMeta,
     ExpertWeights,
-    KVCache,
     LayerCache,
     Routing,
     StateCache,
     TensorSlice,
 )
-from models.jamba_mixer import MambaMixer, mixer_tensors
+from models.jamba_mixer import MambaMix, mixer_tensors
+from models.kernels.whole_moe import WholeDense
 from models.layers.activation import silu
 from models.layers.attention import PagedAttention
+from models.layers.attention_mix import AttentionMix
 from models.layers.mamba import SelectiveState
-from models.layers.moe import feed_forward, softmax_gate
-from models.layers.norm import add_rms_norm, rms_norm
-from models.layers.rowwise import linear, project
+from models.layers.moe import feed_forward, route, routed_kernels
 
 if TYPE_CHECKING:
     from models.jamba import JambaConfig
@@ -79,43 +78,44 @@ class JambaLayer:
         self.layer_idx = layer_idx
         self.is_moe = config.is_moe_layer(layer_idx)
         self._config = config
-        self._attention = attention
+        self._attend = AttentionMix(
+            attention,
+            None,  # no positional encoding
+            projection="o",
+            norms=_NORMS,
+            norm_eps=config.norm_eps,
+            is_rms=True,
+        )
         self._state = state
-        self._weights: dict[str, Tensor] = {}
-        self._mixer: MambaMixer | None = None
+        self.chooser: Gate | None = None
+        self._mixer: MambaMix | None = None
         self._dense: ExpertWeights | None = None
+        self._whole_dense: WholeDense | None = None
 
     def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Norm, Mamba or attention, residual, norm."""
-        w, eps = self._weights, self._config.norm_eps
-        h = rms_norm(x, w["input_layernorm"], eps)
         if isinstance(cache, StateCache):
             assert self._mixer is not None, f"layer {self.layer_idx} is an attention layer"
-            mixed = self._mixer(h, meta, cache)
-        else:
-            mixed = self._attend(h, meta, cache)
-        return add_rms_norm(x, mixed, w["pre_ff_layernorm"], eps)
-
-    def _attend(self, h: Tensor, meta: BatchMeta, cache: KVCache) -> Tensor:
-        """Causal attention without any positional encoding."""
-        config = self._config
-        heads = project(h, self._weights, "qkv").view(h.shape[0], -1, config.head_dim)
-        q, k, v = torch.split_with_sizes(
-            heads, [config.num_heads, config.num_kv_heads, config.num_kv_heads], dim=1
-        )
-        return project(self._attention(q, k, v, meta, cache), self._weights, "o")
+            return self._mixer(x, meta, cache)
+        return self._attend(x, meta, cache)
 
     def gate(self, h: Tensor) -> Routing:
         """float32 softmax over all experts; the top-k weights are not renormalised."""
-        return softmax_gate(linear(h, self._weights["gate"]), self._config.top_k)
+        assert self.chooser is not None, f"layer {self.layer_idx} has no gate"
+        return route(h, self.chooser)
 
-    def mlp(self, h: Tensor) -> Tensor:
-        """The FFN of a dense layer."""
+    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+        """residual + the FFN of a dense layer, in one call where there is a kernel."""
         assert self._dense is not None, f"layer {self.layer_idx} is a mixture of experts"
-        return feed_forward(h, self._dense, silu)
+        kernels = routed_kernels(h, silu)
+        if kernels is None:
+            return residual + feed_forward(h, self._dense, silu)
+        if self._whole_dense is None:
+            self._whole_dense = WholeDense(self._dense, h.dtype)
+        return self._whole_dense(kernels.name, residual, h)
 
     def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
-        """residual + FFN output."""
+        """residual + expert outputs."""
         return residual + outputs
 
     def tensors(self) -> dict[str, TensorSlice]:
@@ -128,11 +128,15 @@ class JambaLayer:
         if "qkv" not in parts:
             names = [name for name in parts if name.startswith(_MIXER)]
             mixer = {name.removeprefix(_MIXER): parts.pop(name) for name in names}
-            self._mixer = MambaMixer(mixer, self._state, self._config.norm_eps)
+            norms = parts[_NORMS[0]], parts[_NORMS[1]]
+            self._mixer = MambaMix(mixer, norms, self._state, self._config.norm_eps)
         if not self.is_moe:
+            self._whole_dense = None
             matrices = ("gate_proj", "up_proj", "down_proj")
             self._dense = ExpertWeights(
                 *(parts.pop(name) for name in matrices),
                 *(parts.pop(f"{name}_scale", None) for name in matrices),
             )
-        self._weights = parts
+        if self.is_moe:
+            self.chooser = Gate(weight=parts["gate"], top_k=self._config.top_k)
+        self._attend.load(parts)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from models.checkpoint_map import stacked, whole
+from models.gate import Gate
 from models.interface import (
     BatchMeta,
     KVCache,
@@ -16,10 +16,9 @@ from models.interface import (
     TensorSlice,
 )
 from models.layers.attention import PagedAttention
-from models.layers.moe import mixer_gate
-from models.layers.norm import layer_norm
+from models.layers.attention_mix import AttentionMix
+from models.layers.moe import route
 from models.layers.rope import RotaryEmbedding
-from models.layers.rowwise import linear, project
 
 if TYPE_CHECKING:
     from models.phimoe import PhimoeConfig
@@ -65,32 +64,27 @@ class PhimoeLayer:
     ) -> None:
         self.layer_idx = layer_idx
         self._config = config
-        self._attention = attention
-        self._rope = rope
-        self._weights: dict[str, Tensor] = {}
+        self._mix = AttentionMix(
+            attention,
+            rope,
+            projection="o",
+            norms=("input_layernorm", "post_attention_layernorm"),
+            norm_eps=config.norm_eps,
+            is_rms=False,
+        )
+        self.chooser: Gate | None = None
 
     def mix(self, x: Tensor, meta: BatchMeta, cache: LayerCache) -> tuple[Tensor, Tensor]:
         """Norm, attention with RoPE, residual, norm."""
         assert isinstance(cache, KVCache)
-        w, config = self._weights, self._config
-        qkv = project(self._norm("input_layernorm", x), w, "qkv")
-        heads = qkv.view(x.shape[0], -1, config.head_dim)
-        counts = [config.num_heads, config.num_kv_heads, config.num_kv_heads]
-        heads = self._rope.rotate(heads, meta, counts[0] + counts[1])
-        q, k, v = torch.split_with_sizes(heads, counts, dim=1)
-        residual = x + project(self._attention(q, k, v, meta, cache), w, "o")
-        return residual, self._norm("post_attention_layernorm", residual)
-
-    def _norm(self, name: str, x: Tensor) -> Tensor:
-        weight, bias = self._weights[name], self._weights[f"{name}_bias"]
-        return layer_norm(x, weight, bias, self._config.norm_eps)
+        return self._mix(x, meta, cache)
 
     def gate(self, h: Tensor) -> Routing:
         """SparseMixer, in the logits' dtype."""
-        logits = linear(h, self._weights["gate"])
-        return mixer_gate(logits, self._config.router_jitter_noise)
+        assert self.chooser is not None, f"layer {self.layer_idx} is not loaded"
+        return route(h, self.chooser)
 
-    def mlp(self, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
         """PhiMoE has no dense layers: never called."""
         raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
 
@@ -104,4 +98,6 @@ class PhimoeLayer:
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`."""
-        self._weights = weights
+        self._mix.load(weights)
+        band = 2 * self._config.router_jitter_noise
+        self.chooser = Gate(weight=weights["gate"], top_k=2, band=band)

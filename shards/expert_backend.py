@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from models.interface import Routing
+from models.interface import DecoderLayer, Routing
 from router.permutation import combine, permute
 from shards.expert_bank import ExpertBank
 
@@ -49,6 +49,14 @@ class LocalExpertBackend:
     def __init__(self, bank: ExpertBank, num_experts: int) -> None:
         self._bank = bank
         self._num_experts = num_experts
+
+    def finish(self, layer: DecoderLayer, residual: Tensor, hidden: Tensor) -> Tensor | None:
+        """Gate, experts and combine of a MoE layer [T, D]; None where that is not one call.
+
+        Bits as by `gate`, `submit` and `combine`.
+        """
+        assert layer.chooser is not None, f"layer {layer.layer_idx} has no gate"
+        return self._bank.gated(layer.layer_idx, layer.chooser, residual, hidden)
 
     def submit(self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing) -> Handle:
         """Bits as on the distributed path: in one call, or by its own permutation and combine."""

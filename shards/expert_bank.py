@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from models.gate import Gate
 from models.interface import ExpertWeights, ModelConfig, Routing
 from models.kernels.routed import RoutedExperts
+from models.kernels.whole_moe import WholeMoe
 from models.layers.activation import ACTIVATIONS
-from models.layers.moe import routed_kernels
+from models.layers.moe import moe_kernels, routed_kernels
 
 
 class ExpertBank:
@@ -22,6 +24,7 @@ class ExpertBank:
         self._config = config
         self._weights = dict(weights)
         self._routed: dict[int, RoutedExperts] = {}
+        self._whole: dict[int, WholeMoe] = {}
         self.experts = tuple(sorted({expert for _, expert in self._weights}))
 
     @property
@@ -56,8 +59,25 @@ class ExpertBank:
         kernels = routed_kernels(x, ACTIVATIONS[self._config.activation])
         if kernels is None:
             return None
+        experts = self._experts_of(layer_idx)
+        return experts(kernels.name, x, routing.expert_ids, routing.weights)
+
+    def gated(self, layer_idx: int, gate: Gate, residual: Tensor, h: Tensor) -> Tensor | None:
+        """residual + what `routed` makes of the gate's choice for h: three [T, D].
+
+        None where no kernel does it in one call.
+        """
+        kernels = moe_kernels(h, gate, ACTIVATIONS[self._config.activation])
+        if kernels is None:
+            return None
+        whole = self._whole.get(layer_idx)
+        if whole is None or whole.gate is not gate:
+            whole = self._whole[layer_idx] = WholeMoe(gate, self._experts_of(layer_idx))
+        return whole(kernels.name, residual, h)
+
+    def _experts_of(self, layer_idx: int) -> RoutedExperts:
         experts = self._routed.get(layer_idx)
         if experts is None:
             weights = [self._weights[layer_idx, e] for e in range(self._config.num_experts)]
             experts = self._routed[layer_idx] = RoutedExperts(weights)
-        return experts(kernels.name, x, routing.expert_ids, routing.weights)
+        return experts

@@ -9,14 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from models.interface import (
-    BatchMeta,
-    DecoderLayer,
-    LayerCache,
-    ModelConfig,
-    Routing,
-    StageModel,
-)
+from models.interface import BatchMeta, DecoderLayer, LayerCache, ModelConfig, Routing, StageModel
 from models.layers.rowwise import pad_rows
 from router.step import (
     LAST_SAMPLED,
@@ -29,7 +22,7 @@ from router.step import (
     Want,
     WantedRows,
 )
-from shards.expert_backend import ExchangeKey, ExpertBackend, Handle
+from shards.expert_backend import ExchangeKey, ExpertBackend, Handle, LocalExpertBackend
 from shards.kv_cache import apply_state_ops
 from shards.logits_processors import IdRanges, TokenHistory
 from shards.micro_batches import pack, split_sequences
@@ -105,6 +98,7 @@ class ModelRunner:
         self._is_last = last == config.num_layers
         self._caches = caches
         self._backend = backend
+        self._local = backend if isinstance(backend, LocalExpertBackend) else None
         self._block_size = block_size
         self._num_micro_batches = num_micro_batches
         self._dtype = dtype
@@ -201,8 +195,13 @@ class ModelRunner:
         self._keep(batch, "hidden_states", layer.layer_idx, batch.x)
         residual, h = layer.mix(batch.x, batch.meta, cache)
         if not layer.is_moe:
-            batch.x = layer.combine(residual, layer.mlp(h))
+            batch.x = layer.dense(residual, h)
             return
+        if self._local and not batch.wanted and batch.meta.num_rows == batch.meta.num_tokens:
+            finished = self._local.finish(layer, residual, h)
+            if finished is not None:
+                batch.x = finished
+                return
         routing = layer.gate(h)
         if batch.meta.num_rows > batch.meta.num_tokens:
             real = slice(batch.meta.num_tokens)

@@ -37,8 +37,8 @@ class PagedBatch:
         tables, slots = meta.block_tables.contiguous(), meta.slot_mapping.contiguous()
         # The call holds addresses: what they point to must live as long.
         self._kept = (starts, query_starts, tables, slots)
-        self._num_rows = meta.num_rows
-        self._block_size = block_size
+        self.num_rows = meta.num_rows
+        self.block_size = block_size
         self._call = AttentionCall(
             query_starts=query_starts.data_ptr(),
             starts=starts.data_ptr(),
@@ -50,6 +50,8 @@ class PagedBatch:
             table_width=tables.shape[1],
             block_size=block_size,
         )
+        self.address = ctypes.addressof(self._call)
+        """Of what a batch decides, for `conclave_attention_mixer`."""
 
     def attend(
         self, kernels: str, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, window: int | None
@@ -59,7 +61,7 @@ class PagedBatch:
         `kernels` names the variant. All tensors are on the CPU and of one dtype.
         """
         (num_rows, heads, head_dim), (_, kv_heads, _), dtype = q.shape, k.shape, q.dtype
-        assert num_rows == self._num_rows, (num_rows, self._num_rows)
+        assert num_rows == self.num_rows, (num_rows, self.num_rows)
         assert k.shape == v.shape == (num_rows, kv_heads, head_dim), (q.shape, k.shape, v.shape)
         assert k.dtype == v.dtype == dtype, (q.dtype, k.dtype, v.dtype)
         assert heads % kv_heads == 0, (heads, kv_heads)
@@ -67,7 +69,7 @@ class PagedBatch:
         q, k, v = together(q), together(k), together(v)
         out = torch.empty(num_rows, heads * head_dim, dtype=dtype)
         call = self._call
-        cached = (len(cache.key), kv_heads, self._block_size, head_dim)
+        cached = (len(cache.key), kv_heads, self.block_size, head_dim)
         call.q, call.k, call.v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         call.keys = address(cache.key, cached, dtype)
         call.values = address(cache.value, cached, dtype)

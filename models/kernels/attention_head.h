@@ -77,4 +77,7 @@ static inline i64 first_key(const struct attention *a, i64 position)
 }
 static inline i64 last_key(const struct chunk *c) { return c->start + c->tokens - 1; }
 
+/* Writes the batch's keys and values into the cache and attends. Not 0: there is no memory. */
+int conclave_attention(const struct attention *a);
+
 #endif

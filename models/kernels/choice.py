@@ -19,7 +19,7 @@ VARIABLE = "CONCLAVE_KERNELS"
 
 KERNELS = (
     *("linear", "experts", "gate", "attention", "rope"),
-    *("convolution", "scan", "rms_norm", "greedy"),
+    *("convolution", "scan", "rms_norm", "layer_norm", "greedy"),
 )
 """What can be taken out by itself: the names by which layers ask for a kernel."""
 

@@ -1,22 +1,13 @@
 /* Gates: which experts a token goes to, and with what weights. A row is one chain of scalar sums
  * in the order of the experts. */
 #include "parallel.h"
+#include "routed.h"
 #include "rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
 #define MAX_EXPERTS 1024
 #define SERIAL_TOKENS 256
-
-/* The layout is that of gates.py. */
-struct gate {
-    const char *logits; /* [tokens, experts] */
-    i64 *ids;           /* [tokens, top_k] */
-    char *weights;      /* [tokens, top_k] */
-    i64 tokens, experts, top_k, type, threads;
-    i64 norm;    /* softmax: 0, or the p-norm that the weights are divided by: 1 or 2 */
-    double band; /* SparseMixer: how far below the best, relative */
-};
 
 static void read_row(const struct gate *g, i64 token, float *logits)
 {

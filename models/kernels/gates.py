@@ -17,8 +17,8 @@ P_NORMS = {None: 0, 1.0: 1, 2.0: 2}
 _POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
 
 
-class _Gate(ctypes.Structure):
-    """`struct gate` of gates.c."""
+class GateFields(ctypes.Structure):
+    """`struct gate` of routed.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("logits", "ids", "weights")),
@@ -55,7 +55,7 @@ def _choose(
     assert logits.is_contiguous(), logits.stride()
     ids = torch.empty(tokens, top_k, dtype=torch.int64)
     weights = logits.new_empty(tokens, top_k)
-    call = _Gate(
+    call = GateFields(
         logits.data_ptr(),
         ids.data_ptr(),
         weights.data_ptr(),

@@ -1,4 +1,6 @@
 /* The entry points: products and expert FFNs, divided into blocks of rows. */
+#include "linear.h"
+
 #include "experts.h"
 #include "products.h"
 #include "scratch.h"

@@ -13,6 +13,7 @@ from models.kernels.choice import TORCH, backends, resolve_kernels
 from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES
 from models.kernels.variants import VARIANTS, Variant, load
 
+_CPU = torch.device("cpu")
 _INT, _I64, _POINTER = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
 
 
@@ -91,6 +92,9 @@ class NativeKernels:
 _chosen: dict[str, NativeKernels | None] = {}
 """By the names of `choice.KERNELS`; empty until the first choice."""
 
+_together: dict[tuple[str, ...], NativeKernels | None] = {}
+"""What `native_kernels_together` has found since the last choice."""
+
 
 def use_kernels(choice: str) -> None:
     """Compute with these from now on in this process. Raises ValueError where they are not here."""
@@ -98,6 +102,7 @@ def use_kernels(choice: str) -> None:
     loaded: dict[str, NativeKernels | None] = {TORCH: None}
     loaded |= {v.name: NativeKernels(v) for v in VARIANTS if v.name in chosen.values()}
     _chosen.update({kernel: loaded[backend] for kernel, backend in chosen.items()})
+    _together.clear()
 
 
 def native_kernels(kernel: str, dtype: torch.dtype, device: torch.device) -> NativeKernels | None:
@@ -108,6 +113,16 @@ def native_kernels(kernel: str, dtype: torch.dtype, device: torch.device) -> Nat
     if not _chosen:
         use_kernels("auto")
     return _chosen[kernel] if device.type == "cpu" and dtype in ELEMENT_TYPES else None
+
+
+def native_kernels_together(kernels: tuple[str, ...], x: Tensor) -> NativeKernels | None:
+    """The native kernels where all of `kernels` serve x: they may run in one call. Else None."""
+    if kernels not in _together:
+        found = [native_kernels(kernel, x.dtype, _CPU) for kernel in kernels]
+        if None in found and x.dtype not in ELEMENT_TYPES:
+            return None
+        _together[kernels] = None if None in found else found[0]
+    return _together[kernels] if x.device == _CPU and x.dtype in ELEMENT_TYPES else None
 
 
 def expert_addresses(w: ExpertWeights) -> tuple[int, ...]:

@@ -1,23 +1,11 @@
 /* Tokens to their experts and back: rows grouped by expert, computed, summed in routing order. */
-#include <stdlib.h>
-
 #include "experts.h"
 #include "parallel.h"
+#include "routed.h"
 #include "rows.h"
+#include "scratch.h"
 
 #define EXPORT __attribute__((visibility("default")))
-
-#define UNKNOWN_EXPERT 2
-
-/* The layout is that of routed.py. */
-struct routed {
-    const char *x;               /* [tokens, width] */
-    const i64 *ids;              /* [tokens, top_k] */
-    const char *weights;         /* [tokens, top_k] of x's type */
-    const struct expert *experts; /* of the layer, without rows */
-    char *out;                   /* [tokens, width] */
-    i64 tokens, width, hidden, top_k, num_experts, type, w_type, threads;
-};
 
 struct grouped {
     const struct routed *routed;
@@ -95,12 +83,14 @@ EXPORT int conclave_routed(const struct routed *r)
     for (i64 pair = 0; pair < pairs; pair++)
         if (r->ids[pair] < 0 || r->ids[pair] >= r->num_experts)
             return UNKNOWN_EXPERT;
-    size_t bytes = (size_t)(pairs * r->width * type_size((enum type)r->type));
-    struct grouped g = {r, malloc((size_t)pairs * sizeof(i64)), malloc(bytes), malloc(bytes)};
+    size_t bytes = (size_t)((pairs * r->width * type_size((enum type)r->type) + 63) / 64 * 64);
+    static __thread struct scratch kept;
+    char *memory = reserve(&kept, 2 * bytes + (size_t)pairs * sizeof(i64));
     i64 *next = calloc((size_t)r->num_experts, sizeof(i64));
     struct expert *present = malloc((size_t)r->num_experts * sizeof *present);
     int failed = OUT_OF_MEMORY;
-    if (!pairs || (g.places && g.rows && g.outputs && next && present)) {
+    if (memory && next && present) {
+        struct grouped g = {r, (i64 *)(void *)(memory + 2 * bytes), memory, memory + bytes};
         i64 count = group(&g, next, present);
         int threads = pairs * r->width < SERIAL_ELEMENTS ? 1 : (int)r->threads;
         in_parallel(scatter_share, &g, threads);
@@ -109,9 +99,6 @@ EXPORT int conclave_routed(const struct routed *r)
         if (!failed)
             in_parallel(combine_share, &g, threads);
     }
-    free(g.places);
-    free(g.rows);
-    free(g.outputs);
     free(next);
     free(present);
     return failed;

@@ -13,11 +13,11 @@ from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES, address, funct
 from models.kernels.native import expert_addresses
 
 _POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
-_OUT_OF_MEMORY = 1
+OUT_OF_MEMORY = 1
 
 
-class _Routed(ctypes.Structure):
-    """`struct routed` of routed.c."""
+class RoutedFields(ctypes.Structure):
+    """`struct routed` of routed.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "ids", "weights", "experts", "out")),
@@ -50,24 +50,26 @@ class RoutedExperts:
         (tokens, width), top_k, dtype = x.shape, ids.shape[1], x.dtype
         assert width == self._width, (width, self._width)
         x, out = x.contiguous(), torch.empty_like(x)
-        call = _Routed(
-            x.data_ptr(),
-            address(ids, (tokens, top_k), torch.int64),
-            address(weights, (tokens, top_k), dtype),
-            ctypes.addressof(self._table),
-            out.data_ptr(),
-            tokens,
-            width,
-            self._hidden,
-            top_k,
-            len(self._weights),
-            ELEMENT_TYPES[dtype],
-            self._type,
-            torch.get_num_threads(),
-        )
+        call = self.fields(top_k, dtype)
+        call.x, call.out = x.data_ptr(), out.data_ptr()
+        call.ids = address(ids, (tokens, top_k), torch.int64)
+        call.weights = address(weights, (tokens, top_k), dtype)
+        call.tokens, call.threads = tokens, torch.get_num_threads()
         failed = function(kernels, "conclave_routed")(ctypes.addressof(call))
-        if failed == _OUT_OF_MEMORY:
+        if failed == OUT_OF_MEMORY:
             raise MemoryError(f"no memory for the experts of {tokens} tokens")
         if failed:
             raise ValueError(f"expert ids {ids.tolist()}: allowed 0..{len(self._weights) - 1}")
         return out
+
+    def fields(self, top_k: int, dtype: torch.dtype) -> RoutedFields:
+        """A call that still lacks rows and choices; these experts must outlive it."""
+        return RoutedFields(
+            experts=ctypes.addressof(self._table),
+            width=self._width,
+            hidden=self._hidden,
+            top_k=top_k,
+            num_experts=len(self._weights),
+            type=ELEMENT_TYPES[dtype],
+            w_type=self._type,
+        )

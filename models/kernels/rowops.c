@@ -1,27 +1,10 @@
 /* What is done to each row by itself: RMSNorm and rotary embedding. Every row is one chain of
  * operations, whatever the rows beside it and the threads. */
 #include "parallel.h"
+#include "rowops.h"
 #include "rows.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 #define CHAINS 4
-
-/* Strides in elements; the layout of both structures is that of rowops.py. */
-struct rms_norm {
-    const char *x, *added, *weight; /* [rows, width] twice, [width]; added may be missing */
-    char *sum, *out;                /* [rows, width]; sum = x + added where there is one */
-    const i64 *parts;               /* widths of what is normed by itself; they add up to width */
-    i64 num_parts, rows, width, stride, type, threads;
-    double eps;
-};
-
-struct rotation {
-    const char *x, *cos, *sin; /* [rows, heads, h], [rows, h / 2] twice */
-    char *out;                 /* [rows, heads, h] */
-    i64 rows, heads, rotated, head_dim, stride, type, threads;
-    double limit; /* everything is clamped to ± limit first */
-};
 
 static inline __attribute__((always_inline)) void norm_part(enum type type, const struct rms_norm *n,
                                                             const char *x, char *out, i64 first,
@@ -121,4 +104,32 @@ EXPORT void conclave_rotate(struct rotation *r)
 {
     i64 elements = r->rows * r->heads * r->head_dim;
     in_parallel(rotate_share, r, elements < SERIAL_ELEMENTS ? 1 : (int)r->threads);
+}
+
+static inline __attribute__((always_inline)) void add_row(enum type type, const struct sum *s,
+                                                          i64 row)
+{
+    i64 first = row * s->width * type_size(type);
+    for (i64 at = 0; at < s->width; at += VW)
+        write_some(type, s->out + first, at, s->width,
+                   read_some(type, s->x + first, at, s->width) +
+                       read_some(type, s->added + first, at, s->width));
+}
+
+static void add_share(void *context, int index, int count)
+{
+    const struct sum *s = context;
+    i64 row, end;
+    share(s->rows, index, count, &row, &end);
+    for (; row < end; row++)
+        switch (s->type) {
+        case F32: add_row(F32, s, row); break;
+        case BF16: add_row(BF16, s, row); break;
+        default: add_row(F16, s, row); break;
+        }
+}
+
+void add_rows(struct sum *s)
+{
+    in_parallel(add_share, s, s->rows * s->width < SERIAL_ELEMENTS ? 1 : (int)s->threads);
 }

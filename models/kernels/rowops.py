@@ -1,4 +1,4 @@
-"""RMSNorm and rotary embedding in C."""
+"""RMSNorm, LayerNorm and rotary embedding in C."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _POINTER, _I64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 
 
 class _RmsNorm(ctypes.Structure):
-    """`struct rms_norm` of rowops.c."""
+    """`struct rms_norm` of rowops.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "added", "weight", "sum", "out", "parts")),
@@ -24,8 +24,18 @@ class _RmsNorm(ctypes.Structure):
     )
 
 
+class _LayerNorm(ctypes.Structure):
+    """`struct layer_norm` of rowops.h."""
+
+    _fields_ = (
+        *((name, _POINTER) for name in ("x", "weight", "bias", "out")),
+        *((name, _I64) for name in ("rows", "width", "stride", "type", "threads")),
+        ("eps", _DOUBLE),
+    )
+
+
 class _Rotation(ctypes.Structure):
-    """`struct rotation` of rowops.c."""
+    """`struct rotation` of rowops.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("x", "cos", "sin", "out")),
@@ -71,6 +81,29 @@ def rms_norm(
     )
     function(kernels, "conclave_rms_norm")(ctypes.addressof(call))
     return total, out
+
+
+def layer_norm(kernels: str, x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm of [R, D] rows, rounded once; in float32, the bits of PyTorch's operator.
+
+    `kernels` names the variant.
+    """
+    (rows, width), dtype, x = x.shape, x.dtype, together(x)
+    out = x.new_empty(rows, width)
+    call = _LayerNorm(
+        x.data_ptr(),
+        address(weight, (width,), dtype),
+        None if bias is None else address(bias, (width,), dtype),
+        out.data_ptr(),
+        rows,
+        width,
+        x.stride(0),
+        ELEMENT_TYPES[dtype],
+        torch.get_num_threads(),
+        eps,
+    )
+    function(kernels, "conclave_layer_norm")(ctypes.addressof(call))
+    return out
 
 
 def rotate(

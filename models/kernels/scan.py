@@ -18,7 +18,7 @@ _POINTER, _I64 = ctypes.c_void_p, ctypes.c_int64
 
 
 class _Batch(ctypes.Structure):
-    """`struct batch` of scan.c."""
+    """`struct batch` of scan.h."""
 
     _fields_ = (
         *((name, _POINTER) for name in ("query_starts", "slots")),
@@ -72,7 +72,7 @@ class RecurrentBatch:
     def __init__(self, meta: BatchMeta) -> None:
         self._query_starts = torch.tensor(meta.query_starts, dtype=torch.int64)
         self._slots = torch.tensor(meta.state_slots, dtype=torch.int64)
-        self._num_rows = meta.num_rows
+        self.num_rows = meta.num_rows
         self._batch = _Batch(
             query_starts=self._query_starts.data_ptr(),
             slots=self._slots.data_ptr(),
@@ -80,6 +80,8 @@ class RecurrentBatch:
             num_tokens=meta.num_tokens,
             num_rows=meta.num_rows,
         )
+        self.address = ctypes.addressof(self._batch)
+        """Of what a batch decides, for `conclave_mamba_mixer`."""
 
     def convolve(
         self, kernels: str, u: Tensor, taps: Tensor, bias: Tensor | None, history: Tensor
@@ -89,7 +91,7 @@ class RecurrentBatch:
         `history` [slots, I, K-1] of u's dtype moves on. `kernels` names the variant.
         """
         (rows, channels), num_taps, dtype = u.shape, len(taps), u.dtype
-        assert rows == self._num_rows, (rows, self._num_rows)
+        assert rows == self.num_rows, (rows, self.num_rows)
         u, out = together(u), torch.empty(rows, channels, dtype=dtype)
         call = _Convolution(
             self._of(channels, dtype),
@@ -116,7 +118,7 @@ class RecurrentBatch:
         rows = tuple(map(together, rows))
         for tensor in rows:
             assert tensor.dtype == dtype, (tensor.dtype, dtype)
-        wide, narrow = (self._num_rows, channels), (self._num_rows, num_states)
+        wide, narrow = (self.num_rows, channels), (self.num_rows, num_states)
         shapes = [tensor.shape for tensor in rows]
         assert shapes == [wide, wide, wide, narrow, narrow], shapes
         out = torch.empty(wide, dtype=dtype)

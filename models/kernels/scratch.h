@@ -16,11 +16,11 @@ struct scratch {
 /* At least so many bytes, with whatever in them; NULL where there is no memory. */
 static inline char *reserve(struct scratch *s, size_t bytes)
 {
-    if (bytes <= s->size)
+    if (bytes <= s->size && s->memory)
         return s->memory;
     free(s->memory);
     size_t page = bytes < HUGE_PAGE ? 4096 : HUGE_PAGE;
-    s->size = (bytes + page - 1) / page * page;
+    s->size = (bytes / page + 1) * page;
     s->memory = aligned_alloc(page, s->size);
     if (!s->memory)
         s->size = 0;

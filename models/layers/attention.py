@@ -71,7 +71,7 @@ class PagedAttention:
         """[R, H, h] queries, [R, G, h] keys and values → [R, H * h]; writes the cache first."""
         kernels = native_kernels("attention", q.dtype, q.device)
         if kernels is not None and self.head_dim <= MAX_HEAD_DIM:
-            batch = self._batches(meta, cache.block_size)
+            batch = self.paged(meta, cache)
             return batch.attend(kernels.name, q, k, v, cache, self.window)
         flat, plan = (-1, self.head_dim), self._plans(meta, cache.block_size)
         keys, values = cache.key.view(flat), cache.value.view(flat)
@@ -82,6 +82,10 @@ class PagedAttention:
         if outputs:
             out[: meta.num_tokens] = torch.cat(outputs).index_select(0, plan.order).to(q.dtype)
         return out
+
+    def paged(self, meta: BatchMeta, cache: KVCache) -> PagedBatch:
+        """The batch as the kernel reads it."""
+        return self._batches(meta, cache.block_size)
 
     def _attend(self, q: Tensor, cache: KVCache, group: _TileGroup) -> Tensor:
         """One group of tiles: → [n * Q, H * h] float32."""

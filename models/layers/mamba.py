@@ -94,6 +94,10 @@ class SelectiveState:
         out[:tokens] = ((y + w.d.float() * wide) * silu(gate)).to(signal.dtype)
         return out
 
+    def recurrent(self, meta: BatchMeta) -> RecurrentBatch:
+        """The batch as the kernels read it."""
+        return self._batches(meta)
+
     def convolve(
         self, u: Tensor, taps: Tensor, bias: Tensor | None, meta: BatchMeta, cache: StateCache
     ) -> Tensor:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from models.gate import Gate
 from models.interface import ExpertWeights, Routing
 from models.kernels import gates
-from models.kernels.native import NativeKernels, native_kernels
+from models.kernels.native import NativeKernels, native_kernels, native_kernels_together
 from models.layers.activation import Activation, silu
 from models.layers.rowwise import linear, pad_rows
 
@@ -102,6 +103,25 @@ def _mixer_slot(candidates: Tensor, logits: Tensor, jitter_eps: float) -> tuple[
     dropped = (peak - logits) / factor > 2 * jitter_eps
     kept = candidates.masked_fill(dropped, float("-inf"))
     return best, torch.softmax(kept, dim=-1).gather(-1, best)
+
+
+def route(h: Tensor, gate: Gate) -> Routing:
+    """What the gate makes of [R, D] rows."""
+    logits = linear(h, gate.weight)
+    if gate.band is not None:
+        return mixer_gate(logits, gate.band / 2)
+    return softmax_gate(logits, gate.top_k, gate.p_norm)
+
+
+def moe_kernels(h: Tensor, gate: Gate, activation: Activation) -> NativeKernels | None:
+    """Those that take gate, experts and residual of rows like h in one call; None: one by one."""
+    if (
+        activation is not silu
+        or gate.p_norm not in gates.P_NORMS
+        or len(gate.weight) > gates.MAX_EXPERTS
+    ):
+        return None
+    return native_kernels_together(("linear", "gate", "experts"), h)
 
 
 def softmax_gate(logits: Tensor, top_k: int, p: float | None = None) -> Routing:

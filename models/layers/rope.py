@@ -78,7 +78,7 @@ class RotaryEmbedding:
         self, x: Tensor, meta: BatchMeta, num_rotated: int, limit: float | None = None
     ) -> Tensor:
         """[R, heads, h] clamped to ±limit, the first heads rotated by each row's position."""
-        cos, sin = self._memo(meta)
+        cos, sin = self.angles(meta)
         kernels = native_kernels("rope", x.dtype, x.device)
         if kernels is not None:
             return rowops.rotate(kernels.name, x, cos, sin, num_rotated, limit)
@@ -87,6 +87,10 @@ class RotaryEmbedding:
         first, second = x[:, :num_rotated].chunk(2, dim=-1)
         turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
         return torch.cat([turned, x[:, num_rotated:]], dim=1)
+
+    def angles(self, meta: BatchMeta) -> tuple[Tensor, Tensor]:
+        """cos and sin of the batch's rows, [R, 1, h/2] each."""
+        return self._memo(meta)
 
     def _cos_sin(self, meta: BatchMeta, _: int) -> tuple[Tensor, Tensor]:
         """cos and sin of the batch's rows, [R, 1, h/2] each."""

@@ -150,9 +150,9 @@ class Served:
                 residual, h = layer.mix(x, meta, self.caches[layer.layer_idx])
                 if layer.is_moe:
                     outputs = self._experts(layer.layer_idx, h, layer.gate(h), meta.num_tokens)
+                    x = layer.combine(residual, outputs)
                 else:
-                    outputs = layer.mlp(h)
-                x = layer.combine(residual, outputs)
+                    x = layer.dense(residual, h)
         return self.stages[-1].norm(x)
 
     def _meta(self, chunks: Sequence[Chunk]) -> BatchMeta:
