@@ -59,9 +59,10 @@ async def test_more_sequences_than_slots(tmp_path: Path, executor: dict[str, Any
 async def test_preempted_sequences(
     tmp_path: Path, snapshots: int, executor: dict[str, Any]
 ) -> None:
-    """Two slots, but blocks for little more than one whole sequence. A state takes less than a
-    block here, so that there is room for snapshots in the quarter of the memory that is theirs."""
-    pair = [PROMPTS[2], PROMPTS[5]]
+    """Two slots, but blocks for little more than one whole sequence; more sequences than slots, so
+    that two of them always run, too long to end side by side. A state takes less than a block
+    here, so that there is room for snapshots in the quarter of the memory that is theirs."""
+    prompts = [tuple(tokens_of(40 + n, 9 + n % 3)) for n in range(6)]
     narrow = {"mamba_d_state": 4, "mamba_expand": 1, "num_key_value_heads": 4}
     folder = jamba(tmp_path, **SHORT, **narrow)
     config = load_config(folder)
@@ -75,15 +76,15 @@ async def test_preempted_sequences(
         "enable_prefix_caching": snapshots > 0,
     }
     with running_group(folder, **executor, **options) as group:
-        crowded = await ask_all(group, pair, GREEDY)
+        crowded = await ask_all(group, prompts, GREEDY)
         load = group.load
-        alone = [await ask(group, prompt, GREEDY) for prompt in pair]
+        alone = [await ask(group, prompt, GREEDY) for prompt in prompts]
     assert (load.total_blocks, load.total_snapshots) == (num_blocks, snapshots)
     assert load.preemptions > 0
     # The prompts share nothing: whatever was found again is a sequence's own beginning.
     assert (load.prefix_hit_tokens > 0) == (snapshots > 0)
     assert crowded == alone
-    assert_greedy(folder, pair, crowded)
+    assert_greedy(folder, prompts, crowded)
 
 
 @case(52, "Jamba", "sequences that part after a common beginning, from copied states")
