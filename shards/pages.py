@@ -1,6 +1,6 @@
 """Memory for what lives long and is read over and over: in huge pages where the system has them.
 
-With small pages a third of the time of reading large weights goes into looking addresses up.
+With small pages more of the time of reading large weights goes into looking addresses up.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ _ALIGNMENT = 64
 def map_pages(num_bytes: int) -> mmap.mmap:
     """Zeroed memory, committed when first written."""
     pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a system without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
     return pages
 
 
