@@ -12,8 +12,6 @@
 #include "dense.h"
 #include "parallel.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 #define OUT_OF_MEMORY 1
 #define PACK_COST 3    /* of rearranging a split, in tiles of rows computed against it */
 #define SERIAL_COST 48 /* below, waking other threads costs more than it brings */

@@ -4,8 +4,6 @@
 #include "routed.h"
 #include "rows.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 #define MAX_EXPERTS 1024
 #define SERIAL_TOKENS 256
 

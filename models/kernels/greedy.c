@@ -4,8 +4,6 @@
 #include "parallel.h"
 #include "rows.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 #define NOT_FINITE -1
 
 /* The layout is that of greedy.py. */

@@ -120,18 +120,7 @@ static inline __attribute__((always_inline)) void norm_row(enum type type,
     }
 }
 
-static void norm_share(void *context, int index, int count)
-{
-    const struct layer_norm *n = context;
-    i64 row, end;
-    share(n->rows, index, count, &row, &end);
-    for (; row < end; row++)
-        switch (n->type) {
-        case F32: norm_row(F32, n, row); break;
-        case BF16: norm_row(BF16, n, row); break;
-        default: norm_row(F16, n, row); break;
-        }
-}
+ROWS_TASK(norm_share, layer_norm, norm_row)
 
 EXPORT void conclave_layer_norm(struct layer_norm *n)
 {

@@ -2,10 +2,9 @@
 #include "linear.h"
 
 #include "experts.h"
+#include "parallel.h"
 #include "products.h"
 #include "scratch.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 #define MOST_PRODUCTS 64
 #define BATCH_ROWS 1024

@@ -4,6 +4,10 @@
 
 #include <stdint.h>
 
+#define EXPORT __attribute__((visibility("default"))) /* what Python finds */
+
+#define SERIAL_ELEMENTS (1 << 15) /* below, waking other threads costs more than it brings */
+
 /* Does part `index` of `count`; the parts together are the whole, whatever `count` is. */
 typedef void task(void *context, int index, int count);
 

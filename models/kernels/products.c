@@ -5,8 +5,6 @@
 
 #include "parallel.h"
 
-#define SERIAL_ELEMENTS (1 << 15) /* below, waking other threads costs more than it brings */
-
 static i64 row_groups(const struct block *x)
 {
     return x->layout ? amx_row_tiles(x->rows) : (x->rows + GROUP_ROWS - 1) / GROUP_ROWS;

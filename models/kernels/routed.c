@@ -5,8 +5,6 @@
 #include "rows.h"
 #include "scratch.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 struct grouped {
     const struct routed *routed;
     i64 *places; /* [tokens, top_k] the row of each pair */

@@ -44,18 +44,7 @@ static inline __attribute__((always_inline)) void norm_row(enum type type, const
         norm_part(type, n, x + first * size, n->out + at + first * size, first, n->parts[part]);
 }
 
-static void norm_share(void *context, int index, int count)
-{
-    const struct rms_norm *n = context;
-    i64 row, end;
-    share(n->rows, index, count, &row, &end);
-    for (; row < end; row++)
-        switch (n->type) {
-        case F32: norm_row(F32, n, row); break;
-        case BF16: norm_row(BF16, n, row); break;
-        default: norm_row(F16, n, row); break;
-        }
-}
+ROWS_TASK(norm_share, rms_norm, norm_row)
 
 /* (a, b) → (a cos - b sin, b cos + a sin), a and b the halves of a head. */
 static inline __attribute__((always_inline)) void rotate_row(enum type type,
@@ -82,18 +71,7 @@ static inline __attribute__((always_inline)) void rotate_row(enum type type,
         }
 }
 
-static void rotate_share(void *context, int index, int count)
-{
-    const struct rotation *r = context;
-    i64 row, end;
-    share(r->rows, index, count, &row, &end);
-    for (; row < end; row++)
-        switch (r->type) {
-        case F32: rotate_row(F32, r, row); break;
-        case BF16: rotate_row(BF16, r, row); break;
-        default: rotate_row(F16, r, row); break;
-        }
-}
+ROWS_TASK(rotate_share, rotation, rotate_row)
 
 EXPORT void conclave_rms_norm(struct rms_norm *n)
 {
@@ -116,18 +94,7 @@ static inline __attribute__((always_inline)) void add_row(enum type type, const 
                        read_some(type, s->added + first, at, s->width));
 }
 
-static void add_share(void *context, int index, int count)
-{
-    const struct sum *s = context;
-    i64 row, end;
-    share(s->rows, index, count, &row, &end);
-    for (; row < end; row++)
-        switch (s->type) {
-        case F32: add_row(F32, s, row); break;
-        case BF16: add_row(BF16, s, row); break;
-        default: add_row(F16, s, row); break;
-        }
-}
+ROWS_TASK(add_share, sum, add_row)
 
 void add_rows(struct sum *s)
 {

@@ -4,8 +4,6 @@
 
 #include "vector.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 /* Strides in elements; the layout of the first three structures is that of rowops.py. */
 struct rms_norm {
     const char *x, *added, *weight; /* [rows, width] twice, [width]; added may be missing */

@@ -11,8 +11,6 @@
 #include "exponential.h"
 #include "parallel.h"
 
-#define EXPORT __attribute__((visibility("default")))
-
 #define STRIP 64 /* channels computed together: their states stay in the first-level cache */
 #define MOST_STATES 128
 #define MOST_TAPS 16

@@ -4,6 +4,7 @@
  * few calls count, not short ones. */
 #include "attention_head.h"
 #include "linear.h"
+#include "parallel.h"
 #include "routed.h"
 #include "rowops.h"
 #include "scan.h"
