@@ -18,6 +18,7 @@ from router.engine import EngineCore
 from router.limits import EngineLimits
 from router.step import Admit, SamplingParams, Want
 from shards.local_executor import LocalExecutor
+from shards.malloc import large_blocks_apart
 
 Prompts = Sequence[Sequence[int]]
 BLOCK_SIZE = 16
@@ -71,9 +72,10 @@ class Engine:
             prefix_caching=prefix_caching,
             num_snapshots=8 if prefix_caching else 0,
         )
-        self._executor = LocalExecutor(
-            config, folder, dtype, self.limits, quantization=quantization
-        )
+        with large_blocks_apart():
+            self._executor = LocalExecutor(
+                config, folder, dtype, self.limits, quantization=quantization
+            )
         self._epoch = 0
 
     def run(

@@ -71,7 +71,7 @@ class ServeArgs(BaseModel):
     layout: Literal["auto", "colocated", "disaggregated"] = "auto"
     max_model_len: PositiveInt | None = None
     max_num_seqs: PositiveInt = 32
-    max_num_batched_tokens: PositiveInt = 512
+    max_num_batched_tokens: PositiveInt = 2048
     kv_cache_memory: Annotated[PositiveInt | None, BeforeValidator(_cache_size)] = None
     block_size: PositiveInt = 16
     quantization: Literal["none", "int8", "int8-all"] = "none"

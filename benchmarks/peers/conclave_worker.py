@@ -12,7 +12,7 @@ from benchmarks.contestants import Engine as Contestant
 from benchmarks.peers.worker import Load, Prompts, Run, Scores, serve
 from shards.threads import dtype_of, use_threads
 
-MAX_BATCHED_TOKENS = 2048
+MAX_BATCHED_TOKENS = 4096  # as vLLM's default
 
 
 class Conclave:

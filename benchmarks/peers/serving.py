@@ -22,7 +22,6 @@ from benchmarks.peers.vocabulary import write_tokenizer
 
 START_TIMEOUT = 240.0
 END_TIMEOUT = 60.0
-MAX_BATCHED_TOKENS = 2048
 
 
 def command(engine: str, python: Path, folder: Path, port: int, options: Options) -> list[str]:
@@ -32,8 +31,7 @@ def command(engine: str, python: Path, folder: Path, port: int, options: Options
         return [str(python), "-m", "deploy.cli", "serve", str(folder), "--port", str(port),
                 "--executor", "local", "--threads", str(options.threads),
                 "--max-num-seqs", str(batch), "--max-model-len", str(length),
-                "--no-enable-prefix-caching",
-                "--max-num-batched-tokens", str(MAX_BATCHED_TOKENS)]  # fmt: skip
+                "--no-enable-prefix-caching"]  # fmt: skip
     if engine == "vllm":
         return [str(python), "-m", "benchmarks.peers.vllm_server", "--model", str(folder),
                 "--host", HOST, "--port", str(port), "--dtype", "bfloat16", "--enforce-eager",
