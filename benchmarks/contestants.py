@@ -18,7 +18,7 @@ from router.engine import EngineCore
 from router.limits import EngineLimits
 from router.step import Admit, SamplingParams, Want
 from shards.local_executor import LocalExecutor
-from shards.malloc import large_blocks_apart
+from shards.memory_policy import loading
 
 Prompts = Sequence[Sequence[int]]
 BLOCK_SIZE = 16
@@ -72,7 +72,7 @@ class Engine:
             prefix_caching=prefix_caching,
             num_snapshots=8 if prefix_caching else 0,
         )
-        with large_blocks_apart():
+        with loading():
             self._executor = LocalExecutor(
                 config, folder, dtype, self.limits, quantization=quantization
             )

@@ -74,7 +74,7 @@ class DbrxLayer:
         assert self.chooser is not None, f"layer {self.layer_idx} is not loaded"
         return route(h, self.chooser)
 
-    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor, meta: BatchMeta) -> Tensor:
         """DBRX has no dense layers: never called."""
         raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from models.gate import Gate
+from models.kernels.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,13 @@ class BatchMeta:
     """[B, max_blocks] int64, padded with 0."""
     state_slots: tuple[int, ...]
     """[B] recurrent-state slot of each sequence, -1 where the model has none."""
+    program: Program | None = None
+    """Where layers leave their kernels' calls; None: they are run at once."""
+
+    def settle(self) -> None:
+        """Run what waits: to be called before rows are read other than by a kernel."""
+        if self.program is not None:
+            self.program.run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,7 @@ class DecoderLayer(Protocol):
     def gate(self, h: Tensor) -> Routing:
         """MoE layers only: scores of [R, D] rows."""
 
-    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor, meta: BatchMeta) -> Tensor:
         """Dense layers only: close the layer with residual + FFN(h), [R, D]."""
 
     def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:

@@ -104,15 +104,16 @@ class JambaLayer:
         assert self.chooser is not None, f"layer {self.layer_idx} has no gate"
         return route(h, self.chooser)
 
-    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor, meta: BatchMeta) -> Tensor:
         """residual + the FFN of a dense layer, in one call where there is a kernel."""
         assert self._dense is not None, f"layer {self.layer_idx} is a mixture of experts"
         kernels = routed_kernels(h, silu)
         if kernels is None:
+            meta.settle()
             return residual + feed_forward(h, self._dense, silu)
         if self._whole_dense is None:
             self._whole_dense = WholeDense(self._dense, h.dtype)
-        return self._whole_dense(kernels.name, residual, h)
+        return self._whole_dense(kernels.name, residual, h, meta.program)
 
     def combine(self, residual: Tensor, outputs: Tensor) -> Tensor:
         """residual + expert outputs."""

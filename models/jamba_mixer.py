@@ -85,10 +85,11 @@ class MambaMix:
             self._whole = MambaMixer(
                 self._weights, (before, after), self._part_weights, self._taps, self._scan
             )
-        return self._whole(kernels.name, x, self._state.recurrent(meta), cache)
+        return self._whole(kernels.name, x, self._state.recurrent(meta), cache, meta.program)
 
     def step_by_step(self, x: Tensor, meta: BatchMeta, cache: StateCache) -> tuple[Tensor, Tensor]:
         """The same, every operation by itself: kernels and PyTorch in any mixture."""
+        meta.settle()
         before, after = self._norms
         mixed = self._mix(rms_norm(x, before, self._norm_eps), meta, cache)
         return add_rms_norm(x, mixed, after, self._norm_eps)

@@ -84,7 +84,7 @@ class PhimoeLayer:
         assert self.chooser is not None, f"layer {self.layer_idx} is not loaded"
         return route(h, self.chooser)
 
-    def dense(self, residual: Tensor, h: Tensor) -> Tensor:
+    def dense(self, residual: Tensor, h: Tensor, meta: BatchMeta) -> Tensor:
         """PhiMoE has no dense layers: never called."""
         raise AssertionError(f"layer {self.layer_idx} is a mixture of experts")
 

@@ -8,6 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from models.interface import DecoderLayer, Routing
+from models.kernels.program import Program
 from router.permutation import combine, permute
 from shards.expert_bank import ExpertBank
 
@@ -50,13 +51,15 @@ class LocalExpertBackend:
         self._bank = bank
         self._num_experts = num_experts
 
-    def finish(self, layer: DecoderLayer, residual: Tensor, hidden: Tensor) -> Tensor | None:
+    def finish(
+        self, layer: DecoderLayer, residual: Tensor, hidden: Tensor, program: Program | None
+    ) -> Tensor | None:
         """Gate, experts and combine of a MoE layer [T, D]; None where that is not one call.
 
         Bits as by `gate`, `submit` and `combine`.
         """
         assert layer.chooser is not None, f"layer {layer.layer_idx} has no gate"
-        return self._bank.gated(layer.layer_idx, layer.chooser, residual, hidden)
+        return self._bank.gated(layer.layer_idx, layer.chooser, residual, hidden, program)
 
     def submit(self, key: ExchangeKey, layer_idx: int, hidden: Tensor, routing: Routing) -> Handle:
         """Bits as on the distributed path: in one call, or by its own permutation and combine."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from models.gate import Gate
 from models.interface import ExpertWeights, ModelConfig, Routing
+from models.kernels.program import Program
 from models.kernels.routed import RoutedExperts
 from models.kernels.whole_moe import WholeMoe
 from models.layers.activation import ACTIVATIONS
@@ -62,7 +63,9 @@ class ExpertBank:
         experts = self._experts_of(layer_idx)
         return experts(kernels.name, x, routing.expert_ids, routing.weights)
 
-    def gated(self, layer_idx: int, gate: Gate, residual: Tensor, h: Tensor) -> Tensor | None:
+    def gated(
+        self, layer_idx: int, gate: Gate, residual: Tensor, h: Tensor, program: Program | None
+    ) -> Tensor | None:
         """residual + what `routed` makes of the gate's choice for h: three [T, D].
 
         None where no kernel does it in one call.
@@ -73,7 +76,7 @@ class ExpertBank:
         whole = self._whole.get(layer_idx)
         if whole is None or whole.gate is not gate:
             whole = self._whole[layer_idx] = WholeMoe(gate, self._experts_of(layer_idx))
-        return whole(kernels.name, residual, h)
+        return whole(kernels.name, residual, h, program)
 
     def _experts_of(self, layer_idx: int) -> RoutedExperts:
         experts = self._routed.get(layer_idx)

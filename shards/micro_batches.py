@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 
 from models.interface import BatchMeta
+from models.kernels.program import Program
 from models.layers.rowwise import padded_rows
 from router.step import ScheduledSequence
 
@@ -42,6 +43,7 @@ def pack(
     block_size: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    program: Program | None = None,
 ) -> BatchMeta:
     """Lay sequences out one after another; `blocks[b]` is sequence b's whole block table.
 
@@ -69,4 +71,5 @@ def pack(
         slot_mapping=torch.tensor(slots, dtype=torch.int64, device=device),
         block_tables=torch.tensor(tables, dtype=torch.int64, device=device),
         state_slots=tuple(state_slots),
+        program=program,
     )

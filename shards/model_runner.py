@@ -10,38 +10,23 @@ import torch
 from torch import Tensor
 
 from models.interface import BatchMeta, DecoderLayer, LayerCache, ModelConfig, Routing, StageModel
+from models.kernels.program import FEW_ROWS, Program
 from models.layers.rowwise import pad_rows
 from router.step import (
     LAST_SAMPLED,
     NOTHING,
-    NewSequence,
-    SamplingParams,
     ScheduledSequence,
     StepPlan,
     StepResult,
-    Want,
     WantedRows,
 )
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle, LocalExpertBackend
 from shards.kv_cache import apply_state_ops
-from shards.logits_processors import IdRanges, TokenHistory
+from shards.logits_processors import IdRanges
 from shards.micro_batches import pack, split_sequences
+from shards.running_sequence import RunningSequence
 from shards.sampler import SampleRequest, sample
 from shards.wanted import head_rows, rows_of
-
-
-@dataclass(slots=True)
-class _Sequence:
-    history: TokenHistory
-    sampling: SamplingParams
-    want: Want
-    state_slot: int
-    blocks: list[int]
-
-    @property
-    def wanted(self) -> Want:
-        """Arrays describe the prompt: once a token was sampled, nothing of them is missing."""
-        return NOTHING if self.history.emitted else self.want
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +89,7 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._unused_ids = unused_ids
-        self._sequences: dict[int, _Sequence] = {}
+        self._sequences: dict[int, RunningSequence] = {}
         self._wanted: list[WantedRows] = []
 
     def reset(self) -> None:
@@ -124,6 +109,7 @@ class ModelRunner:
                 self._begin_layer(batch, layer, cache)
         for batch in batches:
             self._finish_layer(batch)
+            batch.meta.settle()
         if not self._is_last:
             return StageOutput(self._real_rows(batches), tuple(self._wanted))
         for batch in batches:  # before sampling, which counts the emitted tokens on
@@ -136,7 +122,7 @@ class ModelRunner:
             del self._sequences[seq_id]
         for new in plan.new:
             assert new.seq_id not in self._sequences, f"new sequence {new.seq_id} is known already"
-            self._sequences[new.seq_id] = _admit(new)
+            self._sequences[new.seq_id] = RunningSequence.begin(new)
         apply_state_ops(self._caches, plan.state_ops)
         for scheduled in plan.scheduled:
             assert scheduled.seq_id in self._sequences, f"sequence {scheduled.seq_id} is unknown"
@@ -146,21 +132,25 @@ class ModelRunner:
         counts = [scheduled.num_tokens for scheduled in plan.scheduled]
         batches: list[_MicroBatch] = []
         row = 0
-        for begin, end in split_sequences(counts, self._num_micro_batches):
+        ranges = split_sequences(counts, self._num_micro_batches)
+        for begin, end in ranges:
             scheduled = plan.scheduled[begin:end]
-            meta = self._pack(scheduled)
+            wanted = any(self._sequences[s.seq_id].wanted != NOTHING for s in scheduled)
+            # Two micro-batches would write into the same structures.
+            is_short = len(ranges) == 1 and sum(counts) <= FEW_ROWS
+            program = Program() if self._local and is_short and not wanted else None
+            meta = self._pack(scheduled, program)
             if hidden is None:
                 x = self._embed(scheduled, meta.num_rows)
             else:
                 x = pad_rows(hidden[row : row + meta.num_tokens].to(self._device))
             row += meta.num_tokens
             key = ExchangeKey(plan.epoch, plan.step_id, len(batches))
-            wanted = any(self._sequences[s.seq_id].wanted != NOTHING for s in scheduled)
             batches.append(_MicroBatch(scheduled, meta, x, key, wanted))
         assert hidden is None or row == len(hidden), (row, hidden.shape)
         return batches
 
-    def _pack(self, scheduled: Sequence[ScheduledSequence]) -> BatchMeta:
+    def _pack(self, scheduled: Sequence[ScheduledSequence], program: Program | None) -> BatchMeta:
         sequences = [self._sequences[s.seq_id] for s in scheduled]
         return pack(
             scheduled,
@@ -169,6 +159,7 @@ class ModelRunner:
             block_size=self._block_size,
             dtype=self._dtype,
             device=self._device,
+            program=program,
         )
 
     def _embed(self, scheduled: Iterable[ScheduledSequence], num_rows: int) -> Tensor:
@@ -195,13 +186,14 @@ class ModelRunner:
         self._keep(batch, "hidden_states", layer.layer_idx, batch.x)
         residual, h = layer.mix(batch.x, batch.meta, cache)
         if not layer.is_moe:
-            batch.x = layer.dense(residual, h)
+            batch.x = layer.dense(residual, h, batch.meta)
             return
         if self._local and not batch.wanted and batch.meta.num_rows == batch.meta.num_tokens:
-            finished = self._local.finish(layer, residual, h)
+            finished = self._local.finish(layer, residual, h, batch.meta.program)
             if finished is not None:
                 batch.x = finished
                 return
+        batch.meta.settle()
         routing = layer.gate(h)
         if batch.meta.num_rows > batch.meta.num_tokens:
             real = slice(batch.meta.num_tokens)
@@ -236,7 +228,9 @@ class ModelRunner:
                 label = f"{name}.{index}"
                 self._wanted.append(rows_of(scheduled.seq_id, label, scheduled.start, values[rows]))
 
-    def _rows(self, batch: _MicroBatch) -> Iterator[tuple[_Sequence, ScheduledSequence, slice]]:
+    def _rows(
+        self, batch: _MicroBatch
+    ) -> Iterator[tuple[RunningSequence, ScheduledSequence, slice]]:
         for scheduled, (begin, end) in zip(
             batch.scheduled, pairwise(batch.meta.query_starts), strict=True
         ):
@@ -281,15 +275,3 @@ class ModelRunner:
         for choice in sampled:
             self._sequences[choice.seq_id].history.append(choice.token_id)
         return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
-
-
-def _admit(new: NewSequence) -> _Sequence:
-    if new.grammar is not None:
-        raise ValueError(f"sequence {new.seq_id}: grammar is not served; allowed: None")
-    return _Sequence(
-        history=TokenHistory(new.prompt, new.emitted),
-        want=new.want,
-        sampling=new.sampling,
-        state_slot=new.state_slot,
-        blocks=[],
-    )

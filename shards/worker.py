@@ -13,8 +13,8 @@ from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Rece
 from shards.control import INGRESS, Control, Started, WorkerEvent
 from shards.cores import sleep_while_waiting
 from shards.load_progress import LoadProgress, OnRead, Report
-from shards.malloc import large_blocks_apart
 from shards.memory import free_bytes
+from shards.memory_policy import loading
 from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.worker")
@@ -133,7 +133,7 @@ def make_worker(
     if spec.group.crowded:
         sleep_while_waiting()
     progress = LoadProgress(spec.peer, report)
-    with large_blocks_apart():
+    with loading():
         worker = _make_worker(spec, transport, progress.on_read)
     progress.finish()
     return worker

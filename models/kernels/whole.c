@@ -233,6 +233,23 @@ EXPORT int conclave_moe(const struct moe *m)
     return failed;
 }
 
+/* One function after the other, each with its structure; the layout is that of program.py. */
+struct program {
+    i64 count;
+    struct {
+        int (*run)(const void *);
+        const void *structure;
+    } calls[];
+};
+
+EXPORT int conclave_run(const struct program *p)
+{
+    int failed = 0;
+    for (i64 i = 0; i < p->count && !failed; i++)
+        failed = p->calls[i].run(p->calls[i].structure);
+    return failed;
+}
+
 /* residual + FFN; without memory for it, no result. */
 EXPORT int conclave_dense(const struct dense *d)
 {

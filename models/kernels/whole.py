@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.interface import KVCache, StateCache
 from models.kernels.attention import PagedBatch
-from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES, address, function
+from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES, address
+from models.kernels.program import Program, call
 from models.kernels.scan import RecurrentBatch, ScanWeights
 
 _POINTER, _I64, _DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
@@ -92,21 +93,22 @@ class _MambaMixer(ctypes.Structure):
 class _Mixer:
     """What both kinds share: x, the residual and the normed rows."""
 
-    def __init__(self, call: _AttentionMixer | _MambaMixer, symbol: str, dtype: torch.dtype):
-        self._call, self._symbol, self._dtype = call, symbol, dtype
-        call.frame.type = ELEMENT_TYPES[dtype]
-        self._width = call.projection.outputs
-        self._at = ctypes.addressof(call)
+    def __init__(self, mixer: _AttentionMixer | _MambaMixer, symbol: str, dtype: torch.dtype):
+        self._mixer, self._symbol, self._dtype = mixer, symbol, dtype
+        mixer.frame.type = ELEMENT_TYPES[dtype]
+        self._width = mixer.projection.outputs
+        self._at = ctypes.addressof(mixer)
 
-    def _run(self, kernels: str, x: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
-        frame, shape = self._call.frame, (num_rows, self._width)
+    def _run(
+        self, kernels: str, x: Tensor, num_rows: int, program: Program | None, *kept: object
+    ) -> tuple[Tensor, Tensor]:
+        frame, shape = self._mixer.frame, (num_rows, self._width)
         x = x.contiguous()
         residual, out = torch.empty_like(x), torch.empty_like(x)
         frame.x = address(x, shape, self._dtype)
         frame.residual, frame.out = residual.data_ptr(), out.data_ptr()
         frame.threads = torch.get_num_threads()
-        if function(kernels, self._symbol)(self._at):
-            raise MemoryError(f"no memory to mix {num_rows} rows of {self._width}")
+        call(kernels, self._symbol, self._at, program, x, residual, out, *kept)
         return residual, out
 
 
@@ -135,7 +137,7 @@ class AttentionMixer(_Mixer):
         assert projection.width == num_heads * head_dim, (projection.width, heads)
         assert qkv.width == projection.outputs, (qkv.width, projection.outputs)
         self._cache_row = kv_heads, head_dim
-        call = _AttentionMixer(
+        mixer = _AttentionMixer(
             frame=_Frame(*norms),
             qkv=qkv,
             projection=projection,
@@ -145,7 +147,7 @@ class AttentionMixer(_Mixer):
             window=window or 0,
             limit=math.inf if limit is None else limit,
         )
-        super().__init__(call, "conclave_attention_mixer", dtype)
+        super().__init__(mixer, "conclave_attention_mixer", dtype)
 
     def __call__(
         self,
@@ -154,21 +156,22 @@ class AttentionMixer(_Mixer):
         batch: PagedBatch,
         cache: KVCache,
         angles: tuple[Tensor, Tensor] | None,
+        program: Program | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[R, D] → residual and normed, both [R, D]; `angles`: cos and sin [R, 1, h/2].
 
         Without angles nothing is rotated. `kernels` names the variant.
         """
-        call, dtype = self._call, self._dtype
+        mixer, dtype = self._mixer, self._dtype
         kv_heads, head_dim = self._cache_row
         cached = (len(cache.key), kv_heads, batch.block_size, head_dim)
-        call.batch = batch.address
-        call.keys = address(cache.key, cached, dtype)
-        call.values = address(cache.value, cached, dtype)
+        mixer.batch = batch.address
+        mixer.keys = address(cache.key, cached, dtype)
+        mixer.values = address(cache.value, cached, dtype)
         if angles is not None:
             shape = (batch.num_rows, 1, head_dim // 2)
-            call.cos, call.sin = (address(angle, shape, dtype) for angle in angles)
-        return self._run(kernels, x, batch.num_rows)
+            mixer.cos, mixer.sin = (address(angle, shape, dtype) for angle in angles)
+        return self._run(kernels, x, batch.num_rows, program, batch, angles)
 
 
 class MambaMixer(_Mixer):
@@ -201,7 +204,7 @@ class MambaMixer(_Mixer):
         assert step.outputs == select.width == projection.width == channels, channels
         assert select.outputs == step.width + 2 * num_states, (select.outputs, num_states)
         assert into.width == projection.outputs, (into.width, projection.outputs)
-        call = _MambaMixer(
+        mixer = _MambaMixer(
             frame=_Frame(*norms),
             into=into,
             select=select,
@@ -219,14 +222,19 @@ class MambaMixer(_Mixer):
             num_states=num_states,
         )
         self._state_shapes = (channels, len(taps) - 1), (channels, num_states)
-        super().__init__(call, "conclave_mamba_mixer", dtype)
+        super().__init__(mixer, "conclave_mamba_mixer", dtype)
 
     def __call__(
-        self, kernels: str, x: Tensor, batch: RecurrentBatch, cache: StateCache
+        self,
+        kernels: str,
+        x: Tensor,
+        batch: RecurrentBatch,
+        cache: StateCache,
+        program: Program | None = None,
     ) -> tuple[Tensor, Tensor]:
         """[R, D] → residual and normed, both [R, D]. `kernels` names the variant."""
-        call, (history, states) = self._call, self._state_shapes
-        call.batch = batch.address
-        call.history = address(cache.conv, (len(cache.conv), *history), self._dtype)
-        call.states = address(cache.ssm, (len(cache.ssm), *states), torch.float32)
-        return self._run(kernels, x, batch.num_rows)
+        mixer, (history, states) = self._mixer, self._state_shapes
+        mixer.batch = batch.address
+        mixer.history = address(cache.conv, (len(cache.conv), *history), self._dtype)
+        mixer.states = address(cache.ssm, (len(cache.ssm), *states), torch.float32)
+        return self._run(kernels, x, batch.num_rows, program, batch)

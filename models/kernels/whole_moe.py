@@ -9,9 +9,10 @@ from torch import Tensor
 
 from models.gate import Gate
 from models.interface import ExpertWeights
-from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES, address, function
+from models.kernels.functions import ELEMENT_TYPES, WEIGHT_TYPES, address
 from models.kernels.gates import P_NORMS, GateFields
 from models.kernels.native import expert_addresses
+from models.kernels.program import Program, call
 from models.kernels.routed import RoutedExperts, RoutedFields
 from models.kernels.whole import Weight
 
@@ -47,27 +48,28 @@ class WholeMoe:
         num_experts, self._width = gate.weight.shape
         self.gate, self._experts = gate, experts
         self._dtype = gate.weight.dtype
-        call = self._call = _Moe(
+        moe = self._moe = _Moe(
             scores=Weight.of(gate.weight, self._dtype),
             gate=GateFields(experts=num_experts, top_k=gate.top_k, norm=P_NORMS[gate.p_norm]),
             routed=experts.fields(gate.top_k, self._dtype),
             is_softmax=gate.band is None,
         )
-        call.gate.band = gate.band or 0.0
-        assert call.routed.num_experts == num_experts, (call.routed.num_experts, num_experts)
-        assert call.routed.width == self._width, (call.routed.width, self._width)
-        self._at = ctypes.addressof(call)
+        moe.gate.band = gate.band or 0.0
+        assert moe.routed.num_experts == num_experts, (moe.routed.num_experts, num_experts)
+        assert moe.routed.width == self._width, (moe.routed.width, self._width)
+        self._at = ctypes.addressof(moe)
 
-    def __call__(self, kernels: str, residual: Tensor, h: Tensor) -> Tensor:
+    def __call__(
+        self, kernels: str, residual: Tensor, h: Tensor, program: Program | None = None
+    ) -> Tensor:
         """residual + Σ weight · expert(h) over each token's choice: [T, D]; names the variant."""
-        call, shape, out = self._call, (len(h), self._width), torch.empty_like(h)
-        routed = call.routed
+        moe, shape, out = self._moe, (len(h), self._width), torch.empty_like(h)
+        routed = moe.routed
         routed.x = address(h, shape, self._dtype)
         routed.tokens, routed.threads = len(h), torch.get_num_threads()
-        call.residual = address(residual, shape, self._dtype)
-        call.out = out.data_ptr()
-        if function(kernels, "conclave_moe")(self._at):
-            raise MemoryError(f"no memory for the experts of {len(h)} tokens")
+        moe.residual = address(residual, shape, self._dtype)
+        moe.out = out.data_ptr()
+        call(kernels, "conclave_moe", self._at, program, residual, h, out)
         return out
 
 
@@ -78,24 +80,25 @@ class WholeDense:
         """`dtype` is that of the rows."""
         self._kept, self._dtype = weights, dtype
         hidden, self._width = weights.gate.shape
-        call = self._call = _Dense(
+        ffn = self._dense = _Dense(
             width=self._width,
             hidden=hidden,
             type=ELEMENT_TYPES[dtype],
             w_type=WEIGHT_TYPES[weights.gate.dtype],
         )
-        self._ffn = call.ffn
-        self._ffn[:6] = expert_addresses(weights)
-        self._at = ctypes.addressof(call)
+        self._rows = ffn.ffn
+        self._rows[:6] = expert_addresses(weights)
+        self._at = ctypes.addressof(ffn)
 
-    def __call__(self, kernels: str, residual: Tensor, h: Tensor) -> Tensor:
+    def __call__(
+        self, kernels: str, residual: Tensor, h: Tensor, program: Program | None = None
+    ) -> Tensor:
         """residual + FFN(h): [R, D]. `kernels` names the variant."""
-        call, shape, out = self._call, (len(h), self._width), torch.empty_like(h)
-        self._ffn[6] = len(h)
-        call.threads = torch.get_num_threads()
-        call.x = address(h, shape, self._dtype)
-        call.residual = address(residual, shape, self._dtype)
-        call.out = out.data_ptr()
-        if function(kernels, "conclave_dense")(self._at):
-            raise MemoryError(f"no memory for an FFN of {len(h)} rows")
+        ffn, shape, out = self._dense, (len(h), self._width), torch.empty_like(h)
+        self._rows[6] = len(h)
+        ffn.threads = torch.get_num_threads()
+        ffn.x = address(h, shape, self._dtype)
+        ffn.residual = address(residual, shape, self._dtype)
+        ffn.out = out.data_ptr()
+        call(kernels, "conclave_dense", self._at, program, residual, h, out)
         return out

@@ -59,10 +59,12 @@ class AttentionMix:
             return self.step_by_step(x, meta, cache)
         whole = self._whole or self._make_whole()
         angles = None if self._rope is None else self._rope.angles(meta)
-        return whole(kernels.name, x, self._attention.paged(meta, cache), cache, angles)
+        batch = self._attention.paged(meta, cache)
+        return whole(kernels.name, x, batch, cache, angles, meta.program)
 
     def step_by_step(self, x: Tensor, meta: BatchMeta, cache: KVCache) -> tuple[Tensor, Tensor]:
         """The same, every operation by itself: kernels and PyTorch in any mixture."""
+        meta.settle()
         w, shape = self._weights, self._attention
         counts = [shape.num_heads, shape.num_kv_heads, shape.num_kv_heads]
         heads = project(self._norm(self._norms[0], x), w, "qkv")

@@ -152,7 +152,7 @@ class Served:
                     outputs = self._experts(layer.layer_idx, h, layer.gate(h), meta.num_tokens)
                     x = layer.combine(residual, outputs)
                 else:
-                    x = layer.dense(residual, h)
+                    x = layer.dense(residual, h, meta)
         return self.stages[-1].norm(x)
 
     def _meta(self, chunks: Sequence[Chunk]) -> BatchMeta:

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(
+needs_glibc = pytest.mark.skipif(
     platform.libc_ver()[0] != "glibc", reason="only glibc's malloc is set"
 )
 
 _FAULTS = """
 import ctypes, resource
-from shards.malloc import large_blocks_apart
+from shards.memory_policy import loading
 
 libc = ctypes.CDLL(None)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -33,13 +33,33 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def _faults_of_a_round(enter: str) -> int:
-    """Page faults of the fourth time that 96 MiB are allocated, written and freed."""
-    program = _FAULTS.format(enter=enter)
+_FROZEN = """
+import gc
+from shards.memory_policy import loading
+
+with loading():
+    loaded = [[] for _ in range(1000)]
+assert not any(each is loaded for each in gc.get_objects())
+print(gc.get_freeze_count())
+"""
+
+
+def _number(program: str) -> int:
+    """What a program of its own prints."""
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
     return int(run.stdout)
 
 
+def _faults_of_a_round(enter: str) -> int:
+    """Page faults of the fourth time that 96 MiB are allocated, written and freed."""
+    return _number(_FAULTS.format(enter=enter))
+
+
+def test_what_is_loaded_is_not_looked_at_again() -> None:
+    assert _number(_FROZEN) > 1000
+
+
+@needs_glibc
 def test_freed_activations_are_kept() -> None:
-    assert _faults_of_a_round("with large_blocks_apart(): pass") < 10
+    assert _faults_of_a_round("with loading(): pass") < 10
     assert _faults_of_a_round("") > 40
