@@ -9,7 +9,7 @@ from contextlib import aclosing
 
 from deploy.admission import Admission
 from deploy.generation import ChoicePlan, Delta, run_choices
-from deploy.openai_errors import ApiError, Json, not_finite
+from deploy.openai_errors import ApiError, Json, not_finite, recovering, request_failed_worker
 from deploy.openai_replies import (
     ChoiceReply,
     ReplyContext,
@@ -21,7 +21,14 @@ from deploy.openai_replies import (
     usage,
 )
 from router.step import NOTHING
-from shards.client import GroupFailed, ModelClient, SequenceFailed, SequenceRefused
+from shards.client import (
+    GroupFailed,
+    GroupUnavailable,
+    ModelClient,
+    SequenceFailed,
+    SequenceRefused,
+    WorkerKilled,
+)
 
 log = logging.getLogger("conclave.ingress")
 
@@ -96,7 +103,7 @@ class Answer:
                 try:
                     async for delta in deltas:
                         yield delta
-                except (SequenceRefused, SequenceFailed, GroupFailed) as error:
+                except SEQUENCE_ERRORS as error:
                     raise api_error(error) from error
 
     def _body(self, replies: Sequence[ChoiceReply]) -> Json:
@@ -126,12 +133,20 @@ class Answer:
         return body
 
 
-def api_error(error: SequenceRefused | SequenceFailed | GroupFailed) -> ApiError:
+SequenceError = SequenceRefused | SequenceFailed | GroupUnavailable | GroupFailed
+SEQUENCE_ERRORS = (SequenceRefused, SequenceFailed, GroupUnavailable, GroupFailed)
+
+
+def api_error(error: SequenceError) -> ApiError:
     """What the caller is told of a sequence that did not end as it should."""
     if isinstance(error, SequenceRefused):
         return ApiError(str(error), code="sequence_refused")
+    if isinstance(error, WorkerKilled):
+        return request_failed_worker()
     if isinstance(error, SequenceFailed):
         return not_finite()
+    if isinstance(error, GroupUnavailable):
+        return recovering(error)
     log.error("the model instance failed: %s", error)
     return ApiError(
         "The model instance failed; the server's log says why.",

@@ -98,6 +98,15 @@ def serve(
     cpus_per_actor: Annotated[
         str | None, _option("--cpus-per-actor", help="Ray CPUs reserved per actor.")
     ] = None,
+    hang_deadline: Annotated[
+        str | None, _option("--hang-deadline", help="Seconds of silence of a hung actor.")
+    ] = None,
+    step_deadline: Annotated[
+        str | None, _option("--step-deadline", help="Seconds one step of an actor may take.")
+    ] = None,
+    recovery_timeout: Annotated[
+        str | None, _option("--recovery-timeout", help="Seconds requests wait for recovery.")
+    ] = None,
     log_level: Annotated[
         str | None, _option("--log-level", help="debug, info, warning, error.")
     ] = None,

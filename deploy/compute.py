@@ -68,7 +68,7 @@ async def compute(
 ) -> list[Arrays]:
     """Run all of them, as many at once as the budget lets; leaving early aborts them.
 
-    Raises SequenceRefused or GroupFailed.
+    Raises what `ModelClient.generate` and its streams raise.
     """
     tasks = [asyncio.create_task(_run(client, budget, each)) for each in computations]
     try:

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
 from models.kernels.choice import parse_choice
+from shards.spec import Deadlines
 
 _UNITS = {
     "": 1,
@@ -88,6 +89,9 @@ class ServeArgs(BaseModel):
     ] = ()
     threads: PositiveInt | None = None
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
+    hang_deadline: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
+    step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0
+    recovery_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
     @model_validator(mode="after")
@@ -105,7 +109,19 @@ class ServeArgs(BaseModel):
                 f"max_replicas={self.max_replicas}: allowed values are min_replicas or more, "
                 f"here {self.min_replicas}"
             )
+        if self.step_deadline < self.hang_deadline:
+            raise ValueError(
+                f"step_deadline={self.step_deadline:g}: allowed values are hang_deadline or more, "
+                f"here {self.hang_deadline:g}"
+            )
         return self
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """The three that supervision knows."""
+        return Deadlines(
+            hang_s=self.hang_deadline, step_s=self.step_deadline, recovery_s=self.recovery_timeout
+        )
 
 
 # Options that are known and typed, and whose other values cannot be served yet.
@@ -136,6 +152,7 @@ _ALLOWED = {
     "int_parsing": "whole numbers",
     "int_type": "whole numbers",
     "int_from_float": "whole numbers",
+    "finite_number": "numbers that are finite",
     "float_parsing": "numbers",
     "float_type": "numbers",
     "bool_parsing": "true, false",

@@ -75,7 +75,8 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
     @route("/ready", "GET")
     async def ready(request: Request) -> Response:
         is_ready = service.state is GroupState.READY
-        return _json({"state": str(service.state)}, 200 if is_ready else 503)
+        headers = None if is_ready else {"Retry-After": "1"}
+        return _json({"state": str(service.state)}, 200 if is_ready else 503, headers)
 
     return app
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
+
+from shards.client import GroupUnavailable
 
 Json = dict[str, Any]
 
@@ -60,4 +63,25 @@ def not_finite() -> ApiError:
         status=500,
         kind="server_error",
         code="not_finite",
+    )
+
+
+def request_failed_worker() -> ApiError:
+    """Computing this very request ends the process that computes it, every time."""
+    return ApiError(
+        "A worker died each time it computed this request; others are not affected.",
+        status=500,
+        kind="server_error",
+        code="request_failed_worker",
+    )
+
+
+def recovering(error: GroupUnavailable) -> ApiError:
+    """Waiting for the model instance to heal has taken too long."""
+    return ApiError(
+        str(error),
+        status=503,
+        kind="service_unavailable_error",
+        code="model_recovering",
+        retry_after=max(1, math.ceil(error.retry_after_s)),
     )

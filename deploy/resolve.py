@@ -177,6 +177,7 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
         cache_costs=costs if args.kv_cache_memory is None else (),
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
+        deadlines=args.deadlines,
         quantization=_quantization(args, config),
     )
 

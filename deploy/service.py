@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 
 from deploy.admission import Admission
-from deploy.answer import Answer, api_error
+from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
 from deploy.model_facts import ModelFacts
-from deploy.openai_errors import ApiError, Json, not_finite
+from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.served_model import ServedModel
 from router.step import Want
-from shards.client import GroupFailed, GroupState, ModelClient, SequenceFailed, SequenceRefused
+from shards.client import GroupState, ModelClient
 
 _WAITING_PER_RUNNING = 16
 
@@ -60,9 +60,11 @@ class ApiService:
 
     @property
     def health(self) -> Json:
-        """/health: the state, and what is wrong with it."""
-        failure = self._client.failure
-        return {"state": str(self.state), **({"reason": failure} if failure else {})}
+        """/health: the state, and what is wrong with it, if anything is."""
+        failure, trouble = self._client.failure, self._client.trouble
+        if failure:
+            return {"state": str(self.state), "reason": failure}
+        return {"state": str(self.state), **(asdict(trouble) if trouble is not None else {})}
 
     async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
@@ -191,11 +193,13 @@ class ApiService:
         with self._admission.hold(len(computations)):
             try:
                 return await compute(self._client, self._budget, computations)
-            except (SequenceRefused, SequenceFailed, GroupFailed) as error:
+            except SEQUENCE_ERRORS as error:
                 raise api_error(error) from error
 
     def _check_ready(self) -> None:
-        state = self._client.state
+        state, unavailable = self._client.state, self._client.unavailable
+        if unavailable is not None:
+            raise recovering(unavailable)
         if state not in (GroupState.READY, GroupState.RECOVERING):
             raise ApiError(
                 f"The model instance is {state}.",

@@ -212,6 +212,10 @@ class TokenDispatcher:
         del self._exchanges[exchange.key]
         return exchange
 
+    def on_connected(self, shard: int, incarnation: int) -> None:
+        """There is a connection again: the next table that lists this incarnation may use it."""
+        self._lost.discard((shard, incarnation))
+
     def on_lost(self, shard: int) -> None:
         """The connection to `shard` is gone: its calls go to other copies or wait for a table."""
         self._dispatch(self._bury(shard))

@@ -176,6 +176,8 @@ class TokenBatch:
     tokens: tuple[Token, ...] = ()
     wanted: tuple[WantedRows, ...] = ()
     refusals: tuple[Refusal, ...] = ()
+    started: tuple[int, ...] = ()
+    """Sequences that are now in a step in flight and were in none before, or not of late."""
     load: EngineLoad = EngineLoad()
 
 

@@ -31,6 +31,18 @@ class SequenceFailed(RuntimeError):
     """The sequence cannot go on, through no fault of the caller; others are not affected."""
 
 
+class WorkerKilled(SequenceFailed):
+    """Workers died of this very sequence: it was the only one that ran when the last one did."""
+
+
+class GroupUnavailable(RuntimeError):
+    """The model instance has been healing for longer than requests wait; it goes on healing."""
+
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class GroupFailed(RuntimeError):
     """The supervisor has given up on this model instance; the message says why."""
 
@@ -45,8 +57,25 @@ class WorkerStatus:
     node_id: str
     state: str
     incarnation: int = 0
+    deaths: int = 0
+    last_reason: str = ""
+    """Why its last incarnation died."""
     experts: tuple[int, ...] = ()
     layers: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trouble:
+    """What a model instance that heals is waiting for: the worker in question, and its record."""
+
+    worker: str
+    reason: str
+    """What it died of."""
+    deaths_in_a_row: int
+    healing_s: float
+    """For how long the instance has been healing."""
+    respawn_in_s: float
+    """Until that worker is started again; 0 while it is starting."""
 
 
 class TokenStream(Protocol):
@@ -55,7 +84,7 @@ class TokenStream(Protocol):
     def __aiter__(self) -> AsyncIterator[Token]:
         """Ends after the token whose `finish` is set.
 
-        Raises SequenceRefused, SequenceFailed or GroupFailed.
+        Raises SequenceRefused, SequenceFailed, GroupUnavailable or GroupFailed.
         """
 
     @property
@@ -75,6 +104,14 @@ class ModelClient(Protocol):
     @property
     def failure(self) -> str:
         """Why the state is `failed`; empty otherwise."""
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """What keeps it from being ready; None while it is, or has no worker in question."""
+
+    @property
+    def unavailable(self) -> GroupUnavailable | None:
+        """Why new sequences are refused for the time being; None when they are not."""
 
     @property
     def load(self) -> EngineLoad: ...

@@ -45,6 +45,10 @@ class Started:
     address: str
     pid: int
     node_id: str
+    pulse: str = ""
+    """Address at which its signs of life are heard."""
+    birth: str = ""
+    """What tells its process from all others; empty where that cannot be known."""
     bytes_read: int = 0
     free_bytes: int | None = None
     """Memory that its node has left then; None when nobody asked."""
@@ -52,7 +56,9 @@ class Started:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerEvent:
-    """Worker to ingress: a control message is done (`ack`), or a step of `lost_epoch` was lost."""
+    """Worker to ingress: a control message is done (`ack`), a step of `lost_epoch` was lost, or the
+    connection to the expert worker `lost_link` broke or cannot be made."""
 
     ack: int | None = None
     lost_epoch: int | None = None
+    lost_link: str | None = None

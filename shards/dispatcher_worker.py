@@ -18,7 +18,7 @@ class DispatcherWorker(Worker):
     def __init__(self, spec: WorkerSpec, transport: Transport, shape: MoeShape) -> None:
         super().__init__(spec, transport)
         self._shape = shape
-        self._links = ExpertLinks(transport)
+        self._links = ExpertLinks(transport, self.on_unreachable)
         self._open: dict[tuple[int, ...], tuple[str, Exchange]] = {}
         self._table: RoutingTable | None = None
 
@@ -45,12 +45,16 @@ class DispatcherWorker(Worker):
         epoch = frame.header.epoch
         if epoch < self.dispatcher.oldest_epoch:
             return
-        if epoch > self.dispatcher.oldest_epoch:
-            self.dispatcher.drop_before(epoch)
-            self._open.clear()
+        self.on_coming_epoch(epoch)
         exchange = self.dispatcher.submit(frame.header, *read_moe_call(frame, self._shape))
         self._open[frame.header.key] = (stage, exchange)
         self._answer(frame.header.key)
+
+    def on_coming_epoch(self, epoch: int) -> None:
+        """Calls of earlier epochs are nobody's any more, and are not sent again."""
+        if epoch > self.dispatcher.oldest_epoch:
+            self.dispatcher.drop_before(epoch)
+            self._open.clear()
 
     def on_lost(self, peer: str) -> None:
         """An expert worker died: its outstanding calls go to other copies, or wait."""

@@ -67,6 +67,7 @@ class EngineWorker(Worker):
         self._executor = executor
         self._epoch = 0
         self._refusals: list[Refusal] = []
+        self._started: list[int] = []
         self._told = EngineLoad()
 
     @property
@@ -117,17 +118,24 @@ class EngineWorker(Worker):
             case _:
                 super().on_frame(peer, frame)
 
+    def on_lost(self, peer: str) -> None:
+        """A stage's connection broke: what it carried may have been a result."""
+        if self._made is not None and self._core.num_in_flight:
+            self.report(WorkerEvent(lost_epoch=self._epoch))
+
     def on_epoch(self, epoch: int, *, keep_cache: bool) -> None:
         """Forget every sequence: the ingress admits the live ones again."""
         self._epoch = epoch
         self._core.reset(epoch, keep_cache=keep_cache)
         self._refusals.clear()
+        self._started.clear()
 
     def _fill_pipeline(self) -> None:
         while self._core.num_in_flight < self._executor.max_in_flight:
             plan = self._core.schedule()
             if plan is None:
                 return
+            self._started.extend(new.seq_id for new in plan.new)
             try:
                 self._executor.submit(plan)
             except PeerLost as error:
@@ -137,7 +145,8 @@ class EngineWorker(Worker):
 
     def _send(self, tokens: tuple[Token, ...], wanted: tuple[WantedRows, ...]) -> None:
         load = self._core.load()
-        if not (tokens or wanted or self._refusals) and load == self._told:
+        news = tokens or wanted or self._refusals or self._started
+        if not news and load == self._told:
             return
         self._told = load
         batch = TokenBatch(
@@ -145,9 +154,11 @@ class EngineWorker(Worker):
             tokens=tokens,
             wanted=wanted,
             refusals=tuple(self._refusals),
+            started=tuple(self._started),
             load=load,
         )
         self._refusals.clear()
+        self._started.clear()
         header = Header(kind=FrameKind.TOKENS, epoch=self._epoch)
         try:
             self.transport.send(INGRESS, frame_with_rows(header, batch))

@@ -2,35 +2,37 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from functools import partial
 
 from router.codec import CodecError, decode, encode, read_with_rows
-from router.step import NOTHING, EngineLoad, SamplingParams, TokenBatch, Want
+from router.step import NOTHING, Admit, EngineLoad, SamplingParams, TokenBatch, Want
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
-from shards.client import GroupFailed, GroupState, SequenceRefused, WorkerStatus
-from shards.control import Started, WorkerEvent
-from shards.journal import Journal, JournalEntry
-from shards.outputs import Outputs
-from shards.spec import GroupSpec, Role, WorkerSpec
-from shards.stream import GroupStream, Item, put_all
-from shards.supervisor import (
-    Action,
-    BeginEpoch,
-    Dial,
-    Discard,
-    GiveUp,
-    Spawn,
-    Supervisor,
-    Suspend,
-    Tell,
+from shards.actions import Action, BeginEpoch, Dial, Discard, GiveUp, Mourn, Spawn, Suspend, Tell
+from shards.client import (
+    GroupFailed,
+    GroupState,
+    GroupUnavailable,
+    SequenceRefused,
+    Trouble,
+    WorkerStatus,
 )
+from shards.control import Started, WorkerEvent
+from shards.journal import JournalEntry
+from shards.launcher import Launcher
+from shards.launcher import WorkerEvents as WorkerEvents
+from shards.live_sequences import LiveSequences, Messages
+from shards.outputs import Outputs
+from shards.patience import Patience
+from shards.pulse_watch import PulseWatch
+from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.stream import GroupStream, Outbox
+from shards.supervisor import Supervisor
 from shards.worker import control_frame
 
 log = logging.getLogger("conclave.group")
@@ -38,43 +40,17 @@ log = logging.getLogger("conclave.group")
 ENGINE = f"{Role.ENGINE}-0"
 
 
-class WorkerEvents(Protocol):
-    """Where a launcher reports; both may be called from any thread."""
-
-    def started(self, spec: WorkerSpec, started: Started) -> None:
-        """The worker listens."""
-
-    def died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
-        """The worker's process ended; `fatal` when starting it again cannot help."""
-
-
-class Launcher(Protocol):
-    """Starts worker processes: Ray actors, or subprocesses in tests."""
-
-    def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
-        """Start a worker without waiting for it."""
-
-    def discard(self, spec: WorkerSpec) -> None:
-        """Kill this incarnation if it still runs."""
-
-    def close(self) -> None:
-        """Kill what is left of the workers and wait for it."""
-
-
 class ModelGroup:
     """Implements ModelClient. One thread owns transport, journal and supervisor."""
 
-    def __init__(
-        self,
-        spec: GroupSpec,
-        launcher: Launcher,
-        transport: Transport,
-    ) -> None:
+    def __init__(self, spec: GroupSpec, launcher: Launcher, transport: Transport) -> None:
         self.spec = spec
         self._launcher = launcher
         self._transport = transport
         self._supervisor = Supervisor(spec)
-        self._journal = Journal()
+        self._sequences = LiveSequences()
+        self._patience = Patience(spec.deadlines.recovery_s)
+        self._pulse = PulseWatch(spec.secret, spec.deadlines, self._condemned)
         self._calls: deque[Callable[[], None]] = deque()
         self._calls_lock = threading.Lock()
         self._ended = False
@@ -83,19 +59,19 @@ class ModelGroup:
         self._reason = ""
         self._settled = threading.Event()
         self._thread = threading.Thread(target=self._run, name="conclave-group", daemon=True)
-        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[GroupStream, Item]]] = {}
+        self._outbox = Outbox()
 
     def start(self, timeout: float | None = None) -> None:
         """Start every worker and wait until the group is ready. Raises GroupFailed."""
         self._post(lambda: self._apply(self._supervisor.start()))
         self._thread.start()
+        self._pulse.start()
         if not self._settled.wait(timeout):
             self.stop()
             raise GroupFailed(f"not ready after {timeout} s")
         if self.state is GroupState.FAILED:
-            reason = self._reason
             self.stop()
-            raise GroupFailed(reason)
+            raise GroupFailed(self._reason)
 
     @property
     def state(self) -> GroupState:
@@ -106,6 +82,16 @@ class ModelGroup:
     def failure(self) -> str:
         """Why the group has failed; empty otherwise."""
         return self._reason
+
+    @property
+    def trouble(self) -> Trouble | None:
+        """The worker whose death is being healed, if any."""
+        return self._supervisor.trouble(time.monotonic(), self._patience.since)
+
+    @property
+    def unavailable(self) -> GroupUnavailable | None:
+        """Why nobody may wait any more; None while the group works or has not healed for long."""
+        return self._patience.refusal(self.trouble)
 
     @property
     def load(self) -> EngineLoad:
@@ -137,56 +123,58 @@ class ModelGroup:
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop.
 
-        Raises SequenceRefused or GroupFailed.
+        Raises SequenceRefused, GroupUnavailable or GroupFailed.
         """
         if self.state in (GroupState.FAILED, GroupState.STOPPED):
             raise self._failure()
+        if (unavailable := self.unavailable) is not None:
+            raise unavailable
         seq_id = next(self._seq_ids)
         outputs = Outputs(want, len(prompt))
         stream = GroupStream(lambda: self._post(lambda: self._drop(seq_id)), outputs)
-
-        def deliver(item: Item | Exception) -> None:
-            if isinstance(item, Exception):
-                stream.loop.call_soon_threadsafe(stream.put, item)
-            else:
-                self._outbox.setdefault(stream.loop, []).append((stream, item))
-
+        deliver = partial(self._outbox.put, stream)
         entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt)
         try:
             encode(entry.admit(epoch=0))
         except CodecError as error:
             # Found here it ends one request; on the group's thread it would end the group.
             raise SequenceRefused(f"the request cannot be sent to the engine: {error}") from error
-        self._post(lambda: self._admit(entry))
+        self._post(lambda: self._tell_engine(self._sequences.add(entry)))
         return stream
 
     def stop(self) -> None:
         """Shut every worker down and wait for them; live streams end with GroupFailed."""
+        self._pulse.stop()
         if self._thread.is_alive():
             self._post(lambda: self._apply(self._supervisor.stop()))
             self._thread.join()
         self._launcher.close()
         self._transport.close()
 
-    # Everything below runs on the group's own thread, except `_post`, `started` and `died`.
+    # Below everything runs on the group's own thread, but for `_post` and what only posts.
 
     def started(self, spec: WorkerSpec, started: Started) -> None:
         """A launcher reports a worker that listens."""
-        self._post(lambda: self._apply(self._supervisor.on_started(spec, started)))
+        self._post(lambda: self._on_started(spec, started))
 
     def died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
         """A launcher reports a worker that ended."""
-        self._post(lambda: self._on_died(spec, reason, fatal))
+        now = time.monotonic()
+        self._post(lambda: self._apply(self._supervisor.on_died(spec, reason, now, fatal)))
+
+    def _condemned(self, spec: WorkerSpec, reason: str) -> None:
+        """The pulse's watch has given a worker up, and killed it if it could."""
+        self._post(lambda: self._apply(self._supervisor.on_hung(spec, reason, time.monotonic())))
 
     def _post(self, call: Callable[[], None]) -> None:
-        """Have the group's thread make a call; once it has ended, make it here and now."""
+        """Have the group's thread make a call; once that has ended, make it here and now."""
         with self._calls_lock:
             if not self._ended:
                 self._calls.append(call)
                 self._transport.wake()
                 return
         call()
-        self._journal.fail(self._failure())
+        self._sequences.fail_all(self._failure())
 
     def _failure(self) -> GroupFailed:
         return GroupFailed(self._reason or "the model instance has stopped")
@@ -194,9 +182,10 @@ class ModelGroup:
     def _run(self) -> None:
         try:
             while self.state not in (GroupState.STOPPED, GroupState.FAILED):
-                self._handle(self._transport.recv(None))
+                self._handle(self._transport.recv(self._timeout()))
                 while self._calls:
                     self._calls.popleft()()
+                self._look_around()
                 if self.state is not GroupState.STARTING:
                     self._settled.set()
         except Exception as error:
@@ -207,46 +196,63 @@ class ModelGroup:
                 self._ended = True
             while self._calls:
                 self._calls.popleft()()
-            self._journal.fail(self._failure())
+            self._sequences.fail_all(self._failure())
             self._settled.set()
+
+    def _timeout(self) -> float | None:
+        due = [at for at in (self._supervisor.due, self._patience.due) if at is not None]
+        return max(0.0, min(due) - time.monotonic()) if due else None
+
+    def _look_around(self) -> None:
+        """What is due by now: successors, the end of patience, the next trial or the last's end."""
+        now = time.monotonic()
+        self._apply(self._supervisor.on_time(now))
+        if self._patience.look(self.state, now) and (error := self.unavailable) is not None:
+            log.error("%s: %d sequences fail, %s", error, len(self._sequences), self.trouble)
+            self._tell_engine(self._sequences.fail_all(error))
+        if self._sequences.wants_epoch:
+            self._apply(self._supervisor.new_epoch())
+        self._tell_engine(self._sequences.let_in())
 
     def _handle(self, event: Received | Lost | None) -> None:
         if isinstance(event, Lost):
             # Seen earlier than the launcher's report: a process may take long to end.
-            now = time.monotonic()
-            self._apply(self._supervisor.on_connection_lost(event.peer, now))
+            self._apply(self._supervisor.on_connection_lost(event.peer, time.monotonic()))
         if not isinstance(event, Received):
             return
         match event.frame.header.kind:
             case FrameKind.TOKENS:
                 batch = read_with_rows(TokenBatch, event.frame)
                 self._load = batch.load
-                if self._journal.accept(batch, SequenceRefused):
+                if self._sequences.take(batch):
                     self._supervisor.on_progress()
-                self._flush()
+                self._outbox.flush()
             case FrameKind.EVENT:
-                message = decode(WorkerEvent, event.frame.meta)
-                if message.ack is not None:
-                    self._apply(self._supervisor.on_ack(event.peer, message.ack))
-                if message.lost_epoch is not None:
-                    now = time.monotonic()
-                    self._apply(self._supervisor.on_step_lost(message.lost_epoch, now))
+                self._heed(event.peer, decode(WorkerEvent, event.frame.meta), time.monotonic())
             case kind:
                 log.warning("%s sent an unexpected %s frame", event.peer, kind.name)
 
-    def _flush(self) -> None:
-        """One wake-up per event loop and step, however many streams it feeds."""
-        outbox, self._outbox = self._outbox, {}
-        for loop, items in outbox.items():
-            try:
-                loop.call_soon_threadsafe(put_all, items)
-            except RuntimeError:
-                log.warning("an event loop closed with %d streams open", len(items))
+    def _heed(self, peer: str, event: WorkerEvent, now: float) -> None:
+        if event.ack is not None:
+            self._apply(self._supervisor.on_ack(peer, event.ack))
+        if event.lost_epoch is not None:
+            self._apply(self._supervisor.on_step_lost(event.lost_epoch, now))
+        if event.lost_link is not None:
+            self._supervisor.on_link_lost(event.lost_link, now)
 
-    def _on_died(self, spec: WorkerSpec, reason: str, fatal: bool) -> None:
-        if self.state is not GroupState.STOPPED:
-            log.warning("%s (incarnation %d) died: %s", spec.peer, spec.incarnation, reason)
-        self._apply(self._supervisor.on_died(spec, reason, time.monotonic(), fatal))
+    def _on_started(self, spec: WorkerSpec, started: Started) -> None:
+        actions = self._supervisor.on_started(spec, started, time.monotonic())
+        if actions:
+            self._pulse.watch(spec, started)
+        self._apply(actions)
+
+    def _mourn(self, death: Mourn) -> None:
+        log.warning("%s", death)
+        self._pulse.forget(death.spec)
+        narrowed, messages = self._sequences.on_death(death)
+        if narrowed:
+            self._supervisor.on_progress()
+        self._tell_engine(messages)
 
     def _apply(self, actions: list[Action]) -> None:
         for action in actions:
@@ -254,19 +260,19 @@ class ModelGroup:
                 case Spawn(spec):
                     self._launcher.spawn(spec, self)
                 case Discard(spec):
-                    log.warning("%s (incarnation %d) is lost", spec.peer, spec.incarnation)
                     self._launcher.discard(spec)
+                case Mourn():
+                    self._mourn(action)
                 case Dial(target):
                     self._dial(target.peer, target.address)
                 case Tell(peer, control):
                     self._send(peer, control_frame(control))
                 case Suspend():
-                    self._journal.suspend()
+                    self._sequences.suspend()
                 case BeginEpoch(epoch):
                     log.info("%s", self.cache_summary)
-                    log.info("epoch %d begins with %d live sequences", epoch, len(self._journal))
-                    for admit in self._journal.begin(epoch):
-                        self._send(ENGINE, Frame(Header(kind=FrameKind.ADMIT), encode(admit)))
+                    log.info("epoch %d begins with %d live sequences", epoch, len(self._sequences))
+                    self._tell_engine(self._sequences.begin(epoch))
                 case GiveUp(reason):
                     log.error("giving up: %s", reason)
                     self._supervisor.state = GroupState.FAILED
@@ -285,12 +291,10 @@ class ModelGroup:
             # The launcher reports its death; the next epoch repeats what mattered.
             log.info("%s is gone, a %s frame is dropped", peer, frame.header.kind.name)
 
-    def _admit(self, entry: JournalEntry) -> None:
-        admit = self._journal.add(entry)
-        if admit is not None:
-            self._send(ENGINE, Frame(Header(kind=FrameKind.ADMIT), encode(admit)))
-
     def _drop(self, seq_id: int) -> None:
-        abort = self._journal.drop(seq_id)
-        if abort is not None:
-            self._send(ENGINE, Frame(Header(kind=FrameKind.ABORT), encode(abort)))
+        self._tell_engine(self._sequences.drop(seq_id))
+
+    def _tell_engine(self, messages: Messages) -> None:
+        for message in messages:
+            kind = FrameKind.ADMIT if isinstance(message, Admit) else FrameKind.ABORT
+            self._send(ENGINE, Frame(Header(kind=kind), encode(message)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from router.step import NOTHING, Abort, Admit, SamplingParams, Token, TokenBatch, Want, WantedRows
@@ -22,6 +22,10 @@ class JournalEntry:
     want: Want = NOTHING
     cache_salt: str = ""
     emitted: list[int] = field(default_factory=list)
+    rows_seen: dict[str, int] = field(default_factory=dict)
+    """Of each wanted array, how many rows have come: those of a new epoch come again."""
+    known_in: int = 0
+    """The last epoch whose engine was told of it."""
 
     def admit(self, epoch: int) -> Admit:
         """The message that starts or resumes this sequence in `epoch`."""
@@ -36,6 +40,22 @@ class JournalEntry:
             cache_salt=self.cache_salt,
         )
 
+    def sees(self, rows: WantedRows) -> bool:
+        """Take note of some rows; whether the last of them is new."""
+        end = rows.start + rows.shape[0]
+        new = end > self.rows_seen.get(rows.name, 0)
+        if new:
+            self.rows_seen[rows.name] = end
+        return new
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """Who got on by a batch of tokens, and who is over by it."""
+
+    on: tuple[int, ...] = ()
+    over: tuple[int, ...] = ()
+
 
 class Journal:
     """I/O-free. Epoch 0 means that no engine is there: admissions wait for the next epoch."""
@@ -43,19 +63,29 @@ class Journal:
     def __init__(self) -> None:
         self.epoch = 0
         self._entries: dict[int, JournalEntry] = {}
+        self._only: Collection[int] | None = None
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, seq_id: int) -> bool:
+        return seq_id in self._entries
+
+    @property
+    def live(self) -> tuple[int, ...]:
+        """Every sequence, oldest first."""
+        return tuple(sorted(self._entries))
+
     def add(self, entry: JournalEntry) -> Admit | None:
-        """Record a sequence; the message to send now, or None while no epoch is open."""
+        """Record a sequence; the message to send now, or None while it has to wait."""
         assert entry.seq_id not in self._entries, f"sequence {entry.seq_id} is already journalled"
         self._entries[entry.seq_id] = entry
-        return entry.admit(self.epoch) if self.epoch else None
+        return self._tell(entry) if self.epoch and self._only is None else None
 
     def drop(self, seq_id: int) -> Abort | None:
         """Forget a sequence whose client left; the message to send, if any."""
-        if self._entries.pop(seq_id, None) is None or not self.epoch:
+        entry = self._entries.pop(seq_id, None)
+        if entry is None or not self.epoch or entry.known_in != self.epoch:
             return None
         return Abort(seq_id=seq_id, epoch=self.epoch)
 
@@ -63,42 +93,65 @@ class Journal:
         """The epoch is over: rows still on their way are stale."""
         self.epoch = 0
 
-    def begin(self, epoch: int) -> tuple[Admit, ...]:
-        """Open an epoch; every live sequence resumes from prompt + emitted, oldest first."""
-        self.epoch = epoch
-        return tuple(entry.admit(epoch) for _, entry in sorted(self._entries.items()))
+    def begin(self, epoch: int, only: Collection[int] | None = None) -> tuple[Admit, ...]:
+        """Open an epoch; every live sequence resumes from prompt + emitted, oldest first.
 
-    def accept(self, batch: TokenBatch, refused: Callable[[str], Exception]) -> int:
-        """Deliver the rows of the current epoch in order; returns how many were accepted.
+        With `only`, just these: the others wait for `let_in` or for another epoch.
+        """
+        self.epoch, self._only = epoch, only
+        chosen = (e for s, e in sorted(self._entries.items()) if only is None or s in only)
+        return tuple(self._tell(entry) for entry in chosen)
+
+    def let_in(self) -> tuple[Admit, ...]:
+        """Nobody has to wait any more: the messages to send, oldest first."""
+        if not self.epoch or self._only is None:
+            return ()
+        self._only = None
+        waiting = (e for _, e in sorted(self._entries.items()) if e.known_in != self.epoch)
+        return tuple(self._tell(entry) for entry in waiting)
+
+    def _tell(self, entry: JournalEntry) -> Admit:
+        entry.known_in = self.epoch
+        return entry.admit(self.epoch)
+
+    def accept(self, batch: TokenBatch, refused: Callable[[str], Exception]) -> Moved:
+        """Deliver the rows of the current epoch in order.
 
         Rows of other epochs, of forgotten sequences and repeated positions are dropped. Wanted
         rows come before the tokens of their step; those that come again have the same bits.
         """
         if batch.epoch != self.epoch:
-            return 0
-        accepted = 0
+            return Moved()
+        on: list[int] = []
+        over: list[int] = []
         for rows in batch.wanted:
             entry = self._entries.get(rows.seq_id)
             if entry is not None:
                 entry.deliver(rows)
-                accepted += 1
+                if entry.sees(rows):
+                    on.append(rows.seq_id)
         for token in batch.tokens:
             entry = self._entries.get(token.seq_id)
             if entry is None or token.position != len(entry.emitted):
                 continue
             entry.emitted.append(token.token_id)
+            on.append(token.seq_id)
             if token.finish is not None:
                 del self._entries[token.seq_id]
+                over.append(token.seq_id)
             entry.deliver(token)
-            accepted += 1
         for refusal in batch.refusals:
             entry = self._entries.pop(refusal.seq_id, None)
             if entry is not None:
+                over.append(refusal.seq_id)
                 entry.deliver(refused(refusal.reason))
-        return accepted
+        return Moved(tuple(on), tuple(over))
 
-    def fail(self, error: Exception) -> None:
-        """End every live sequence with `error`."""
-        entries, self._entries = self._entries, {}
-        for entry in entries.values():
-            entry.deliver(error)
+    def fail(self, seq_id: int, error: Exception) -> Abort | None:
+        """End one sequence with `error`; the message to send, if any."""
+        entry = self._entries.get(seq_id)
+        if entry is None:
+            return None
+        abort = self.drop(seq_id)
+        entry.deliver(error)
+        return abort

@@ -63,6 +63,7 @@ class RayLauncher:
         self._actors: dict[WorkerSpec, Any] = {}
         self._lock = threading.Lock()
         self._closing = False
+        self._spans_nodes = False
 
     def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         """Create the actor on a thread of its own: placement may have to wait for a node."""
@@ -111,8 +112,11 @@ class RayLauncher:
         """Whether some actors of the group can only be reached over TCP."""
         if self._group is None:
             return False
-        table = placement_group_table(self._group)
-        return len(set(table["bundles_to_node_id"].values())) > 1
+        nodes = placement_group_table(self._group)["bundles_to_node_id"].values()
+        # While the bundles of a lost node wait for another one they have none: once across nodes,
+        # always across nodes.
+        self._spans_nodes = self._spans_nodes or len({node for node in nodes if node}) > 1
+        return self._spans_nodes
 
     def _on_started(
         self, actor: Any, spec: WorkerSpec, events: WorkerEvents, future: Future[Started]

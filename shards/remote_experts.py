@@ -36,10 +36,14 @@ def exchange_header(key: ExchangeKey, layer_idx: int, stage_idx: int) -> Header:
 
 
 class ExpertLinks:
-    """A TokenDispatcher over a transport: dials the shards of each new routing table."""
+    """A TokenDispatcher over a transport: dials the shards of each new routing table.
 
-    def __init__(self, transport: Transport) -> None:
+    `unreachable` is told of listed shards without a connection; the next table dials them again.
+    """
+
+    def __init__(self, transport: Transport, unreachable: Callable[[str], None]) -> None:
         self._transport = transport
+        self._unreachable = unreachable
         self._connected: dict[int, int] = {}
         self.dispatcher = TokenDispatcher(self._send)
 
@@ -55,8 +59,10 @@ class ExpertLinks:
                 self._transport.connect(f"{Role.EXPERT}-{entry.shard}", entry.address)
             except PeerLost:
                 # Sending to it will fail and resend; the next table has its successor.
+                self._unreachable(f"{Role.EXPERT}-{entry.shard}")
                 continue
             self._connected[entry.shard] = entry.incarnation
+            self.dispatcher.on_connected(entry.shard, entry.incarnation)
         self.dispatcher.set_table(table)
 
     def on_result(self, peer: str, frame: Frame) -> None:
@@ -69,6 +75,7 @@ class ExpertLinks:
             shard = _shard(peer)
             self._connected.pop(shard, None)
             self.dispatcher.on_lost(shard)
+            self._unreachable(peer)
 
 
 def _shard(peer: str) -> int:

@@ -27,6 +27,18 @@ class CacheCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Deadlines:
+    """How long, in seconds, something may take before it is given up."""
+
+    hang_s: float = 1.0
+    """Silence of a worker that is not at work."""
+    step_s: float = 300.0
+    """One turn of a worker's data loop."""
+    recovery_s: float = 120.0
+    """Waiting of requests while the group heals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
     """One model instance as the user asked for it, every default already resolved.
 
@@ -55,6 +67,7 @@ class GroupSpec:
     """More threads than cores on some node: they sleep while they wait."""
     unused_token_ids: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of vocabulary rows that no token owns: never sampled."""
+    deadlines: Deadlines = Deadlines()
     cache_costs: tuple[CacheCost, ...] = ()
     """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""
 

@@ -45,9 +45,10 @@ class StageWorker(Worker):
         self._newest_epoch = 0
         self._lost_epoch = 0
         self._shape = shape
-        self._links = ExpertLinks(transport)
+        self._links = ExpertLinks(transport, self.on_unreachable)
         self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
         is_last = spec.index == len(spec.group.stage_layers) - 1
+        self._previous = f"{Role.STAGE}-{spec.index - 1}" if spec.index else f"{Role.ENGINE}-0"
         self._next = f"{Role.ENGINE}-0" if is_last else f"{Role.STAGE}-{spec.index + 1}"
 
     @property
@@ -97,10 +98,16 @@ class StageWorker(Worker):
                 self.on_lost(peer)
 
     def on_lost(self, peer: str) -> None:
-        """Losing the dispatcher loses the step in hand; losing an expert does not."""
+        """Losing the dispatcher loses the step in hand; losing an expert does not.
+
+        The connection on which plans or tables come may have carried one.
+        """
         self._links.on_lost(peer)
         if peer == f"{Role.DISPATCHER}-0" and self.spec.group.dispatch == "actor":
             self._lost_epoch = self._epoch
+        tables = f"{Role.DISPATCHER}-0" if self.spec.group.dispatch == "direct" else ""
+        if peer in (self._previous, tables) and self._newest_epoch:
+            self.report(WorkerEvent(lost_epoch=self._newest_epoch))
 
     def _advance_step(self) -> None:
         """One turn of the data loop in the middle of a step."""

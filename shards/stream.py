@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import numpy as np
@@ -11,6 +12,8 @@ from numpy.typing import NDArray
 from router.step import FinishReason, Token, WantedRows
 from shards.client import SequenceFailed
 from shards.outputs import Outputs
+
+log = logging.getLogger("conclave.group")
 
 Item = Token | WantedRows
 
@@ -58,7 +61,35 @@ class GroupStream:
         self._abort()
 
 
-def put_all(items: Iterable[tuple[GroupStream, Item]]) -> None:
-    """Hand over one step's tokens; one wake-up of the loop however many streams it feeds."""
+class Outbox:
+    """Tokens of one step: one wake-up per event loop, however many streams it feeds."""
+
+    def __init__(self) -> None:
+        self._waiting: dict[asyncio.AbstractEventLoop, list[tuple[GroupStream, Item]]] = {}
+
+    def put(self, stream: GroupStream, item: Item | Exception) -> None:
+        """Hand over with the next `flush`; errors at once, from whatever thread they come."""
+        if isinstance(item, Exception):
+            _call(stream.loop, 1, stream.put, item)
+        else:
+            self._waiting.setdefault(stream.loop, []).append((stream, item))
+
+    def flush(self) -> None:
+        """Wake every event loop for which something has been put."""
+        waiting, self._waiting = self._waiting, {}
+        for loop, items in waiting.items():
+            _call(loop, len(items), _put_all, items)
+
+
+def _put_all(items: Iterable[tuple[GroupStream, Item]]) -> None:
     for stream, item in items:
         stream.put(item)
+
+
+def _call(
+    loop: asyncio.AbstractEventLoop, num_streams: int, put: Callable[..., None], what: object
+) -> None:
+    try:
+        loop.call_soon_threadsafe(put, what)
+    except RuntimeError:
+        log.warning("an event loop closed with %d streams open", num_streams)

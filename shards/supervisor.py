@@ -8,73 +8,20 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 
 from router.placement import RoutingTable, ShardAddress
+from shards.actions import Action, BeginEpoch, Dial, Discard, GiveUp, Mourn, Spawn, Suspend, Tell
 from shards.cache_budget import CachePlan, plan_caches
-from shards.client import GroupState, WorkerStatus
+from shards.client import GroupState, Trouble, WorkerStatus
 from shards.control import Control, PeerAddress, Started
+from shards.member import MAX_FAILURES, Member
 from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
+from shards.wiring import dialled_by
 
-MAX_DEATHS = 8
-DEATH_WINDOW_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Spawn:
-    """Start this worker."""
-
-    spec: WorkerSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Discard:
-    """Make sure that this worker is dead; its successor is spawned separately."""
-
-    spec: WorkerSpec
-
-
-@dataclass(frozen=True, slots=True)
-class Dial:
-    """The ingress connects to a worker that has just started."""
-
-    target: PeerAddress
-
-
-@dataclass(frozen=True, slots=True)
-class Tell:
-    """Send a control message to a live worker."""
-
-    peer: str
-    control: Control
-
-
-@dataclass(frozen=True, slots=True)
-class BeginEpoch:
-    """Resume every journalled sequence in this epoch."""
-
-    epoch: int
-
-
-@dataclass(frozen=True, slots=True)
-class Suspend:
-    """The current epoch is over: rows still on their way are stale."""
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """The group cannot be healed."""
-
-    reason: str
-
-
-Action = Spawn | Discard | Dial | Tell | BeginEpoch | Suspend | GiveUp
-
-
-@dataclass(slots=True)
-class _Member:
-    spec: WorkerSpec
-    started: Started | None = None
+MAX_LOST_STEPS = 8
+LOST_STEPS_WINDOW_S = 60.0
+RELINK_S = 0.05
+"""After a broken connection; who is at its end has mostly died, and that is known by then."""
 
 
 class Supervisor:
@@ -83,13 +30,16 @@ class Supervisor:
     def __init__(self, spec: GroupSpec) -> None:
         self._spec = spec
         self._placement = spec.placement
-        self._members = {s.peer: _Member(s) for s in worker_specs(spec)}
-        self._deaths: dict[str, deque[float]] = {}
+        self._members = {s.peer: Member(s) for s in worker_specs(spec)}
+        self._lost_steps: deque[float] = deque()
+        self._relink_at: float | None = None
         self._epoch = 0
         self._epoch_open = False
         self._caches_lost = True
         self._round = 0
         self._awaiting: set[str] = set()
+        # Numbers of events: the last after which all were alive, the last death that blames.
+        self._num_events = self._whole_no = self._blamed_no = 0
         self.table_version = 0
         self.caches: CachePlan | None = None
         """Decided when everyone has loaded for the first time, and never again."""
@@ -99,12 +49,15 @@ class Supervisor:
         """Spawn everyone."""
         return [Spawn(m.spec) for m in self._members.values()]
 
-    def on_started(self, spec: WorkerSpec, started: Started) -> list[Action]:
+    def on_started(self, spec: WorkerSpec, started: Started, now: float) -> list[Action]:
         """A worker listens; when it was the last one missing, connect all and begin an epoch."""
         member = self._members[spec.peer]
-        if self.state in (GroupState.FAILED, GroupState.STOPPED) or member.spec != spec:
+        if self._is_over or member.spec != spec:
             return []
-        member.started = started
+        self._num_events += 1
+        member.rise(started, now, self._num_events)
+        if all(m.started is not None for m in self._members.values()):
+            self._whole_no = self._num_events
         actions: list[Action] = [Dial(PeerAddress(peer=spec.peer, address=started.address))]
         if not self._epoch_open:
             actions += self._connect_everyone()
@@ -128,11 +81,24 @@ class Supervisor:
         return [Tell(f"{Role.ENGINE}-0", begin), BeginEpoch(self._epoch)]
 
     def on_step_lost(self, epoch: int, now: float) -> list[Action]:
-        """A step was dropped on a broken connection: end the epoch even if nobody died."""
-        if not self._epoch_open or epoch != self._epoch:
+        """A step was dropped on a broken connection: end the epoch even if nobody died.
+
+        The epoch may be the coming one, whose connections are just being made.
+        """
+        if epoch != (self._epoch if self._epoch_open else self._epoch + 1):
             return []
-        if self._fails_too_often("steps", now):
+        if self._loses_too_many_steps(now):
             return self._give_up("steps keep being lost although every worker is alive")
+        return self.new_epoch()
+
+    def on_link_lost(self, peer: str, now: float) -> None:
+        """Somebody's connection to an expert worker broke: if it lives, a new table mends it."""
+        member = self._members.get(peer)
+        if member is not None and member.started is not None and member.spec.role is Role.EXPERT:
+            self._relink_at = self._relink_at or now + RELINK_S
+
+    def new_epoch(self) -> list[Action]:
+        """End this epoch, in which nobody died, and begin another."""
         actions = self._end_epoch() + self._connect_everyone()
         self._refresh_state()
         return actions
@@ -142,29 +108,67 @@ class Supervisor:
     ) -> list[Action]:
         """A worker's process is gone. `fatal` deaths (bad weights at start-up) are not retried."""
         member = self._members[spec.peer]
-        if self.state in (GroupState.FAILED, GroupState.STOPPED) or member.spec != spec:
+        if self._is_over or member.spec != spec:
             return []
-        if self._fails_too_often(spec.peer, now) or fatal:
-            return self._give_up(f"{spec.peer}: {reason}")
-        member.spec = replace(spec, incarnation=spec.incarnation + 1)
-        member.started = None
-        actions: list[Action] = []
+        self._lost_steps.clear()  # they are explained
+        actions = [self._bury(member, reason, now)]
+        if member.failures > MAX_FAILURES or fatal:
+            return actions + self._give_up(f"{spec.peer}: {reason}")
         self._caches_lost |= spec.role in (Role.ENGINE, Role.STAGE)
         if spec.role is not Role.EXPERT:
             actions += self._end_epoch()
         elif self._epoch_open:
             actions += self._publish()
-        actions.append(Spawn(member.spec))
+        actions += self.on_time(now)
         self._refresh_state()
         return actions
+
+    def _bury(self, member: Member, reason: str, now: float) -> Action:
+        """Take note of a death.
+
+        Of several workers that one event took, only the first may have died of what was running:
+        who dies next must have started since, unless everyone was alive in between.
+        """
+        spec = member.spec
+        runs = self._epoch_open and member.started is not None
+        blames = runs and max(member.start_no, self._whole_no) > self._blamed_no
+        if blames:
+            self._num_events += 1
+            self._blamed_no = self._num_events
+        member.fall(reason, now)
+        return Mourn(spec, reason, member.failures, blames, ends_epoch=spec.role is not Role.EXPERT)
+
+    @property
+    def due(self) -> float | None:
+        """When `on_time` has something to do."""
+        turns = [m.spawn_at for m in self._members.values() if m.spawn_at is not None]
+        turns += [] if self._relink_at is None else [self._relink_at]
+        return min(turns, default=None)
+
+    def on_time(self, now: float) -> list[Action]:
+        """Start the successors whose turn has come; have broken connections made again."""
+        if self._is_over:
+            return []
+        relinks: list[Action] = []
+        if self._relink_at is not None and self._relink_at <= now:
+            self._relink_at = None
+            relinks = self._publish()
+        turn = [m for m in self._members.values() if m.spawn_at is not None and m.spawn_at <= now]
+        for member in turn:
+            member.spawn_at = None
+        return [*relinks, *(Spawn(member.spec) for member in turn)]
 
     def on_connection_lost(self, peer: str, now: float) -> list[Action]:
         """The ingress's own connection broke: the worker is dying, or as good as dead."""
         member = self._members.get(peer)
         if member is None or member.started is None:
             return []
-        spec = member.spec
-        return [Discard(spec), *self.on_died(spec, "connection lost", now)]
+        return self.on_hung(member.spec, "connection lost", now)
+
+    def on_hung(self, spec: WorkerSpec, reason: str, now: float) -> list[Action]:
+        """This incarnation is to be treated as dead, and made so."""
+        actions = self.on_died(spec, reason, now)
+        return [Discard(spec), *actions] if actions else []
 
     def stop(self) -> list[Action]:
         """Tell every live worker to end."""
@@ -174,6 +178,16 @@ class Supervisor:
     def workers(self) -> tuple[WorkerStatus, ...]:
         """The actor map."""
         return tuple(self._status(m) for m in self._members.values())
+
+    def trouble(self, now: float, since: float | None) -> Trouble | None:
+        """Of the workers that are missing, who died most often, if any did."""
+        missing = [m for m in self._members.values() if m.started is None and m.deaths]
+        worst = max(missing, key=lambda member: member.failures, default=None)
+        return None if worst is None else worst.trouble(now, now if since is None else since)
+
+    @property
+    def _is_over(self) -> bool:
+        return self.state in (GroupState.FAILED, GroupState.STOPPED)
 
     def _give_up(self, reason: str) -> list[Action]:
         self.state = GroupState.FAILED
@@ -191,15 +205,16 @@ class Supervisor:
 
     def on_progress(self) -> None:
         """Tokens were accepted: whatever died before has healed, and is held against nobody."""
-        self._deaths.clear()
+        self._lost_steps.clear()
+        for member in self._members.values():
+            member.failures = 0
 
-    def _fails_too_often(self, peer: str, now: float) -> bool:
-        """Count a failure; true when one worker keeps dying and no token came in between."""
-        deaths = self._deaths.setdefault(peer, deque())
-        deaths.append(now)
-        while now - deaths[0] > DEATH_WINDOW_S:
-            deaths.popleft()
-        return len(deaths) > MAX_DEATHS
+    def _loses_too_many_steps(self, now: float) -> bool:
+        """Count a lost step; true when many were lost and no token came in between."""
+        self._lost_steps.append(now)
+        while now - self._lost_steps[0] > LOST_STEPS_WINDOW_S:
+            self._lost_steps.popleft()
+        return len(self._lost_steps) > MAX_LOST_STEPS
 
     def _end_epoch(self) -> list[Action]:
         self._awaiting.clear()
@@ -237,19 +252,11 @@ class Supervisor:
         ]
 
     def _targets(self, spec: WorkerSpec) -> Iterator[PeerAddress]:
-        """Whom a worker dials. Expert workers are dialled from the routing table."""
-        last = len(self._spec.stage_layers) - 1
-        names: list[str] = []
-        if spec.role is Role.ENGINE and self._spec.executor == "pipeline":
-            names = [f"{Role.STAGE}-0"]
-        elif spec.role is Role.STAGE:
-            names = [f"{Role.STAGE}-{spec.index + 1}" if spec.index < last else f"{Role.ENGINE}-0"]
-            if self._spec.num_expert_shards:
-                names.append(f"{Role.DISPATCHER}-0")
-        for name in names:
-            started = self._members[name].started
+        """Whom a worker dials, where they are now."""
+        for peer in dialled_by(spec):
+            started = self._members[peer].started
             assert started is not None
-            yield PeerAddress(peer=name, address=started.address)
+            yield PeerAddress(peer=peer, address=started.address)
 
     def _publish(self) -> list[Action]:
         if self._placement is None:
@@ -265,7 +272,10 @@ class Supervisor:
         table = RoutingTable(
             version=self.table_version, placement=self._placement, addresses=addresses
         )
-        return [Tell(peer, Control(table=table)) for peer in self._live(Role.DISPATCHER)]
+        # Calls of an epoch that is over must not be sent to those who are new in the table.
+        coming = 0 if self._epoch_open else self._epoch + 1
+        control = Control(coming_epoch=coming, table=table)
+        return [Tell(peer, control) for peer in self._live(Role.DISPATCHER)]
 
     def _refresh_state(self) -> None:
         if self._epoch == 0:
@@ -282,17 +292,8 @@ class Supervisor:
         ready = everyone or (core and held)
         self.state = GroupState.READY if ready and self._epoch_open else GroupState.RECOVERING
 
-    def _status(self, member: _Member) -> WorkerStatus:
-        spec, started = member.spec, member.started
-        is_stage = spec.role is Role.STAGE
-        is_expert = spec.role is Role.EXPERT and self._placement is not None
-        return WorkerStatus(
-            role=str(spec.role),
-            index=spec.index,
-            pid=started.pid if started else 0,
-            node_id=started.node_id if started else "",
-            state="alive" if started else "starting",
-            incarnation=spec.incarnation,
-            experts=self._placement.held_by(spec.index) if is_expert and self._placement else (),
-            layers=self._spec.stage_layers[spec.index] if is_stage else None,
-        )
+    def _status(self, member: Member) -> WorkerStatus:
+        role, index = member.spec.role, member.spec.index
+        placement = self._placement if role is Role.EXPERT else None
+        layers = self._spec.stage_layers[index] if role is Role.STAGE else None
+        return member.status(placement.held_by(index) if placement else (), layers)

@@ -15,6 +15,8 @@ from shards.cores import sleep_while_waiting
 from shards.load_progress import LoadProgress, OnRead, Report
 from shards.memory import free_bytes
 from shards.memory_policy import loading
+from shards.process_birth import birth_of
+from shards.pulse_sender import PulseSender
 from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.worker")
@@ -35,6 +37,10 @@ class RunsForever(Protocol):
     @property
     def transport(self) -> Transport: ...
 
+    @property
+    def pulse(self) -> PulseSender:
+        """What tells the ingress that this worker lives."""
+
     def run(self) -> None:
         """The data loop; returns after a shutdown or when the ingress is gone."""
 
@@ -47,13 +53,17 @@ class Worker:
         self.transport = transport
         self.stopping = False
         self.bytes_read = 0
+        self._turns = 0
+        self.pulse = PulseSender(spec, transport, lambda: self._turns)
 
     def run(self) -> None:
         """Handle events until shutdown or until the ingress, which owns this worker, is gone."""
         try:
             while not self.stopping:
+                self._turns += 1
                 self.advance()
         finally:
+            self.pulse.stop()
             self.transport.close()
 
     def advance(self) -> None:
@@ -61,7 +71,8 @@ class Worker:
         self.handle(self.transport.recv(None))
 
     def handle(self, event: Received | Lost | None) -> None:
-        """Apply one transport event."""
+        """Apply one transport event, or none."""
+        self._turns += 1  # in the middle of a step too
         match event:
             case Received(frame=frame) if frame.header.kind is FrameKind.CONTROL:
                 self._on_control(decode(Control, frame.meta))
@@ -103,6 +114,10 @@ class Worker:
         except PeerLost:
             self.stopping = True
 
+    def on_unreachable(self, peer: str) -> None:
+        """The connection to an expert worker broke or cannot be made; that worker may live."""
+        self.report(WorkerEvent(lost_link=peer))
+
     def on_frame(self, peer: str, frame: Frame) -> None:
         """Handle a data frame."""
         raise AssertionError(f"{self.spec.peer} does not take {frame.header.kind.name} from {peer}")
@@ -140,7 +155,10 @@ def make_worker(
 
 
 def announce(worker: RunsForever, spec: WorkerSpec, node_id: str = "") -> Started:
-    """What a worker that has loaded says of itself. Raises ValueError if it cannot be measured."""
+    """Start a loaded worker's pulse; what it says of itself.
+
+    Raises ValueError if its memory cannot be measured.
+    """
     free = None
     if spec.group.cache_costs:
         try:
@@ -149,10 +167,13 @@ def announce(worker: RunsForever, spec: WorkerSpec, node_id: str = "") -> Starte
             raise ValueError(
                 f"kv_cache_memory=auto: {error}; allowed values are sizes such as 2GiB here"
             ) from error
+    worker.pulse.start()
     return Started(
         address=worker.transport.address,
         pid=os.getpid(),
         node_id=node_id,
+        pulse=worker.pulse.address,
+        birth=birth_of(os.getpid()),
         bytes_read=worker.bytes_read,
         free_bytes=free,
     )

@@ -45,6 +45,15 @@ def split_addresses(address: str) -> list[str]:
     return sorted(address.split(","), key=lambda endpoint: not endpoint.startswith("unix:"))
 
 
+def tcp_host_of(address: str) -> str | None:
+    """The host of an address's TCP endpoint; None when it has none."""
+    for endpoint in address.split(","):
+        kind, _, rest = endpoint.partition(":")
+        if kind == "tcp":
+            return rest.rpartition(":")[0]
+    return None
+
+
 def open_socket(endpoint: str) -> tuple[socket.socket, Target]:
     """An unconnected, non-blocking socket for `endpoint` and what to connect it to.
 

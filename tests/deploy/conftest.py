@@ -22,7 +22,7 @@ from deploy.resolve import resolve
 from deploy.served_model import ServedModel, load_served_model
 from deploy.service import ApiService
 from router.step import NO_TOKEN, NOTHING, EngineLoad, FinishReason, SamplingParams, Token, Want
-from shards.client import GroupState, WorkerStatus
+from shards.client import GroupState, GroupUnavailable, Trouble, WorkerStatus
 from tests.groups import running_group
 
 MAX_MODEL_LEN = 256
@@ -87,6 +87,8 @@ class ScriptedClient:
     error: Exception | None = None
     state: GroupState = GroupState.READY
     failure: str = ""
+    trouble: Trouble | None = None
+    unavailable: GroupUnavailable | None = None
     load: EngineLoad = field(default_factory=EngineLoad)
     routing_table_version: int = 3
     cache_summary: str = "the KV cache holds 64 tokens"

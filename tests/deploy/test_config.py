@@ -14,7 +14,7 @@ from deploy.config import ConfigError, parse_args
 from deploy.demo import nano_checkpoint
 from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
 from shards.ray_launcher import bundle_index
-from shards.spec import worker_specs
+from shards.spec import Deadlines, worker_specs
 
 
 def resolved(**options: Any) -> ResolvedArgs:
@@ -53,6 +53,11 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"cpus_per_actor": 0}, ["cpus_per_actor"]),
         ({"api_key": [""]}, ["api_key"]),
         ({"threads": "0"}, ["threads"]),
+        ({"hang_deadline": "0.01"}, ["hang_deadline=0.01", "0.1 or more"]),
+        ({"hang_deadline": 2, "step_deadline": 1}, ["step_deadline=1", "hang_deadline", "2"]),
+        ({"step_deadline": "inf"}, ["step_deadline=inf", "finite"]),
+        ({"recovery_timeout": "-1"}, ["recovery_timeout=-1", "0 or more"]),
+        ({"recovery_timeout": "soon"}, ["recovery_timeout=soon", "numbers"]),
     ],
 )
 def test_refusals_name_the_key(options: dict[str, Any], words: list[str]) -> None:
@@ -63,6 +68,13 @@ def test_refusals_name_the_key(options: dict[str, Any], words: list[str]) -> Non
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_deadlines_reach_the_group() -> None:
+    args = {"hang_deadline": "0.5", "step_deadline": "60", "recovery_timeout": "7.5"}
+    spec = resolve(parse_args({"model": "nano-jamba", **args})).spec
+    assert spec.deadlines == Deadlines(hang_s=0.5, step_s=60.0, recovery_s=7.5)
+    assert resolve(parse_args({"model": "nano-jamba"})).spec.deadlines == Deadlines()
 
 
 def test_strings_mean_the_same_as_values() -> None:

@@ -11,7 +11,14 @@ from typing import Any
 import httpx
 import pytest
 
-from shards.client import GroupFailed, GroupState, SequenceRefused
+from shards.client import (
+    GroupFailed,
+    GroupState,
+    GroupUnavailable,
+    SequenceRefused,
+    Trouble,
+    WorkerKilled,
+)
 from tests.deploy.http_client import client_of, is_openai_error, post
 
 USER = [{"role": "user", "content": "Hi"}]
@@ -224,6 +231,51 @@ async def test_refusals_and_failures(make_api: MakeApi, stream: bool) -> None:
     assert response.status_code == 500
     assert is_openai_error(response.json())
     assert "bug" not in response.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_errors_of_supervision_have_their_own_codes(make_api: MakeApi, stream: bool) -> None:
+    body = {"prompt": "x", "stream": stream, "max_tokens": 9}
+    killed, waited = WorkerKilled("stage-0 died"), GroupUnavailable("still recovering", 2.5)
+    for error, status, code in (
+        (killed, 500, "request_failed_worker"),
+        (waited, 503, "model_recovering"),
+    ):
+        response = await post(make_api(ids=[], error=error), "/v1/completions", body)
+        assert (response.status_code, response.json()["error"]["code"]) == (status, code)
+        assert is_openai_error(response.json())
+        assert response.headers.get("retry-after") == ("3" if status == 503 else None)
+
+
+async def test_nobody_waits_when_it_is_hopeless(make_api: MakeApi) -> None:
+    api = make_api()
+    api.client.state = GroupState.RECOVERING
+    api.client.unavailable = GroupUnavailable("still recovering after 120 s", 10.0)
+    api.client.trouble = Trouble(
+        worker="stage-1",
+        reason="exit code -9",
+        deaths_in_a_row=5,
+        healing_s=130.5,
+        respawn_in_s=4.0,
+    )
+    response = await post(api, "/v1/completions", {"prompt": "x"})
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "10"
+    assert response.json()["error"]["code"] == "model_recovering"
+    assert not api.client.streams
+    async with client_of(api.app()) as client:
+        health = await client.get("/health")
+        assert health.status_code == 200, "it goes on healing"
+        assert health.json() == {
+            "state": "recovering",
+            "worker": "stage-1",
+            "reason": "exit code -9",
+            "deaths_in_a_row": 5,
+            "healing_s": 130.5,
+            "respawn_in_s": 4.0,
+        }
+        ready = await client.get("/ready")
+        assert (ready.status_code, ready.headers["retry-after"]) == (503, "1")
 
 
 async def test_failure_inside_a_stream_is_its_last_event(make_api: MakeApi) -> None:

@@ -9,6 +9,7 @@ from typing import NoReturn
 from router.expert_call import read_expert_call
 from router.transport.base import Frame, FrameKind, Lost, Received, Transport
 from shards.group import ModelGroup
+from shards.pulse_sender import PulseSender
 from shards.spec import WorkerSpec
 from shards.worker import RunsForever, make_worker
 from tests.groups import healed
@@ -77,6 +78,10 @@ class MortalWorker:
     @property
     def transport(self) -> Transport:
         return self._worker.transport
+
+    @property
+    def pulse(self) -> PulseSender:
+        return self._worker.pulse
 
     def run(self) -> None:
         with suppress(Killed):

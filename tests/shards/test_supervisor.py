@@ -9,20 +9,12 @@ import pytest
 
 from router.engine import EngineLimits
 from router.placement import place_experts
+from shards.actions import Action, BeginEpoch, Dial, GiveUp, Mourn, Spawn, Suspend, Tell
 from shards.client import GroupState
 from shards.control import Started
+from shards.member import MAX_FAILURES
 from shards.spec import CacheCost, GroupSpec, WorkerSpec, worker_specs
-from shards.supervisor import (
-    MAX_DEATHS,
-    Action,
-    BeginEpoch,
-    Dial,
-    GiveUp,
-    Spawn,
-    Supervisor,
-    Suspend,
-    Tell,
-)
+from shards.supervisor import RELINK_S, Supervisor
 
 LIMITS = EngineLimits(
     block_size=16,
@@ -76,6 +68,8 @@ class World:
         self.decided: EngineLimits | None = None
         self.free = 1 << 20
         self.gave_up = ""
+        self.now = 0.0
+        self.deaths: list[Mourn] = []
         self.do(self.supervisor.start())
 
     def do(self, actions: list[Action]) -> None:
@@ -115,6 +109,8 @@ class World:
                     self.epochs.append(epoch)
                     self.check_connections()
                     self.check_limits()
+                case Mourn():
+                    self.deaths.append(action)
                 case GiveUp(reason):
                     self.gave_up = reason
 
@@ -139,9 +135,10 @@ class World:
         self.alive[peer] = address
         self.specs[peer] = spec
         started = Started(address=address, pid=1, node_id="n", free_bytes=self.free)
-        self.do(self.supervisor.on_started(spec, started))
+        self.do(self.supervisor.on_started(spec, started, self.now))
 
     def die(self, peer: str, now: float, fatal: bool = False) -> None:
+        self.now = max(self.now, now)
         spec = self.specs[peer]
         del self.alive[peer]
         for key in [k for k in self.dialled if k[0] == peer]:
@@ -155,8 +152,11 @@ class World:
         self.do(self.supervisor.on_ack(peer, ack))
 
     def settle(self) -> None:
-        while self.starting or self.acks:
-            if self.starting:
+        while self.starting or self.acks or self.supervisor.due is not None:
+            if self.supervisor.due is not None:
+                self.now = max(self.now, self.supervisor.due)
+                self.do(self.supervisor.on_time(self.now))
+            elif self.starting:
                 self.come_up(next(iter(self.starting)))
             else:
                 self.ack()
@@ -220,7 +220,7 @@ def test_fatal_and_repeated_deaths_give_up() -> None:
     assert world.gave_up.startswith("stage-0")
     assert world.supervisor.state is GroupState.FAILED
     world = World(group_spec())
-    for _ in range(MAX_DEATHS + 1):
+    for _ in range(MAX_FAILURES + 1):
         world.settle()
         world.die("stage-0", 1.0)
     assert world.supervisor.state is GroupState.FAILED
@@ -228,10 +228,11 @@ def test_fatal_and_repeated_deaths_give_up() -> None:
 
 def test_deaths_with_progress_in_between_are_always_healed() -> None:
     world = World(group_spec(experts=2, replicas=2))
-    for turn in range(4 * MAX_DEATHS):
+    for turn in range(4 * MAX_FAILURES):
         world.settle()
         world.supervisor.on_progress()
         world.die(("stage-0", "expert-1", "engine-0")[turn % 3], 1.0)
+        assert world.supervisor.due is None, "nobody pauses"
     world.settle()
     assert world.supervisor.state is GroupState.READY
 
@@ -245,6 +246,61 @@ def test_a_lost_step_without_a_death_begins_a_new_epoch() -> None:
     assert world.epochs == [1, 2]
     world.do(world.supervisor.on_step_lost(1, 0.0))
     assert world.open, "reports of an earlier epoch are stale"
+
+
+def test_a_step_may_be_lost_before_its_epoch_has_begun() -> None:
+    world = World(group_spec())
+    world.settle()
+    world.die("stage-0", 0.0)
+    while world.starting:
+        world.come_up(next(iter(world.starting)))
+    world.ack()
+    world.do(world.supervisor.on_step_lost(2, 0.0))
+    assert len(world.acks) > 2, "everyone is told once more whom to dial"
+    world.settle()
+    assert world.epochs == [1, 2]
+    assert world.supervisor.state is GroupState.READY
+
+
+def test_a_broken_connection_to_a_living_expert_is_made_again() -> None:
+    world = World(group_spec(experts=2, replicas=2))
+    world.settle()
+    before = world.tables["dispatcher-0"]
+    world.supervisor.on_link_lost("stage-0", 1.0)
+    assert world.supervisor.due is None, "only experts are dialled from tables"
+    world.supervisor.on_link_lost("expert-1", 1.0)
+    world.supervisor.on_link_lost("expert-0", 1.01)
+    assert world.supervisor.due == 1.0 + RELINK_S
+    world.do(world.supervisor.on_time(1.0))
+    assert world.tables["dispatcher-0"] == before
+    world.do(world.supervisor.on_time(1.0 + RELINK_S))
+    assert world.tables["dispatcher-0"] == before + 1
+    assert world.supervisor.due is None
+    world.die("expert-1", 2.0)
+    world.supervisor.on_link_lost("expert-1", 2.0)
+    assert world.supervisor.due is None, "its successor comes with a table of its own"
+
+
+def test_of_one_event_only_the_first_death_blames_what_was_running() -> None:
+    world = World(group_spec(experts=3, replicas=2))
+    world.settle()
+
+    def blames(peer: str) -> bool:
+        world.die(peer, world.now)
+        return world.deaths[-1].blames
+
+    assert blames("expert-0")
+    assert not blames("expert-1"), "a node may have gone, and they with it"
+    world.come_up("expert-0")
+    assert blames("expert-0"), "it has started since"
+    assert not blames("expert-2")
+    world.settle()
+    assert blames("expert-2"), "everyone was alive in between"
+    world.settle()
+    assert blames("stage-0")
+    assert not blames("expert-0")
+    world.come_up("stage-0")
+    assert not blames("stage-0"), "nothing ran yet"
 
 
 def test_measured_caches_are_decided_once_by_whoever_saw_least() -> None:
@@ -288,6 +344,13 @@ def test_any_storm_of_deaths_heals(seed: int) -> None:
         if world.alive and rng.random() < 0.1:
             # Far enough apart that the window never overflows.
             world.die(rng.choice(sorted(world.alive)), now * 100.0)
+        elif rng.random() < 0.05:
+            epoch = rng.choice([world.supervisor._epoch, world.supervisor._epoch + 1])
+            world.do(world.supervisor.on_step_lost(epoch, now * 100.0))
+        elif rng.random() < 0.05:
+            world.supervisor.on_link_lost(f"expert-{rng.randrange(3)}", now * 100.0)
+        elif world.supervisor.due is not None and rng.random() < 0.5:
+            world.do(world.supervisor.on_time(now * 100.0))
         elif choices:
             if rng.choice(choices) == "up":
                 world.come_up(rng.choice(sorted(world.starting)))
