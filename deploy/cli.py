@@ -46,6 +46,9 @@ def serve(
     ] = None,
     device: Annotated[str | None, _option("--device", help="auto, cpu.")] = None,
     stages: Annotated[str | None, _option("--stages", help="Stage actors.")] = None,
+    stage_layers: Annotated[
+        str | None, _option("--stage-layers", help="Layers of each, such as 0-8,9-17,18-31.")
+    ] = None,
     expert_shards: Annotated[str | None, _option("--expert-shards", help="Expert actors.")] = None,
     expert_replicas: Annotated[
         str | None, _option("--expert-replicas", help="Copies of each expert.")
@@ -95,6 +98,10 @@ def serve(
     threads: Annotated[
         str | None, _option("--threads", help="Per actor; default: by cores.")
     ] = None,
+    warm_spare: Annotated[
+        bool | None,
+        _option("--warm-spare/--no-warm-spare", help="A process per node, to respawn fast."),
+    ] = None,
     cpus_per_actor: Annotated[
         str | None, _option("--cpus-per-actor", help="Ray CPUs reserved per actor.")
     ] = None,
@@ -132,6 +139,9 @@ def serve(
 def check(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or nano model.")],
     stages: Annotated[str | None, _option("--stages", help="Stage actors.")] = None,
+    stage_layers: Annotated[
+        str | None, _option("--stage-layers", help="Layers of each, such as 0-8,9-17,18-31.")
+    ] = None,
     expert_shards: Annotated[str | None, _option("--expert-shards", help="Expert actors.")] = None,
     expert_replicas: Annotated[
         str | None, _option("--expert-replicas", help="Copies of each expert.")

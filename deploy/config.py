@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
 from models.kernels.choice import parse_choice
+from shards.partition import LayerRanges, parse_stage_layers
 from shards.spec import Deadlines
 
 _UNITS = {
@@ -43,6 +44,13 @@ def _cache_size(value: object) -> object:
         raise ValueError("allowed values are auto and sizes such as 512MiB or 2GiB") from None
 
 
+def _layer_ranges(value: object) -> object:
+    """`0-8,9-17`, or a list of such ranges."""
+    if value is None or isinstance(value, tuple):
+        return value
+    return parse_stage_layers(",".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
 def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
@@ -65,6 +73,7 @@ class ServeArgs(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     stages: PositiveInt | None = None
+    stage_layers: Annotated[LayerRanges | None, BeforeValidator(_layer_ranges)] = None
     expert_shards: Annotated[int, Field(ge=0)] | None = None
     expert_replicas: PositiveInt = 1
     executor: Literal["auto", "local", "pipeline"] = "auto"
@@ -88,6 +97,7 @@ class ServeArgs(BaseModel):
         tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)
     ] = ()
     threads: PositiveInt | None = None
+    warm_spare: bool | None = None
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
     hang_deadline: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
     step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0

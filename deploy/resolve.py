@@ -11,6 +11,7 @@ from deploy.backends import kernel_choice, missing_for_mamba_ssm
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.model_facts import ModelFacts, model_facts
+from deploy.stage_split import num_stages, split_layers
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.cache_budget import (
@@ -162,9 +163,9 @@ def num_cpus(resolved: ResolvedArgs) -> float:
 def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
     executor = _executor(args)
     local = executor == "local"
-    stages = 1 if local else (args.stages or 1)
     dtype = config.dtype_name if args.dtype == "auto" else args.dtype
-    stage_layers = _stage_layers(config, stages, dtype)
+    quantization = _quantization(args, config)
+    stage_layers = split_layers(args, config, itemsize(dtype), quantization)
     costs = _cache_costs(args, config, dtype, stage_layers)
     return GroupSpec(
         model_path=str(folder),
@@ -173,12 +174,14 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
         dispatch=args.dispatch,
         stage_layers=stage_layers,
         placement=None if local else _placement(args, config),
-        limits=_limits(args, config, costs, lookahead=not local and stages == 1),
+        limits=_limits(args, config, costs, lookahead=not local and len(stage_layers) == 1),
         cache_costs=costs if args.kv_cache_memory is None else (),
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
         deadlines=args.deadlines,
-        quantization=_quantization(args, config),
+        quantization=quantization,
+        # One process that does everything is rarely started again; a spare would be its equal.
+        warm_spare=not local if args.warm_spare is None else args.warm_spare,
     )
 
 
@@ -193,12 +196,13 @@ def _quantization(args: ServeArgs, config: ModelConfig) -> str:
 
 def _executor(args: ServeArgs) -> str:
     """Local unless more than one actor was asked for."""
-    spread = (args.stages or 1) > 1 or (args.expert_shards or 1) > 1
+    stages = num_stages(args)
+    spread = stages > 1 or (args.expert_shards or 1) > 1
     if args.executor == "auto":
         return "pipeline" if spread or args.expert_replicas > 1 else "local"
     if args.executor == "local":
         for key, value in (
-            ("stages", args.stages or 1),
+            ("stages" if args.stages else "ranges of stage_layers", stages),
             ("expert_shards", args.expert_shards or 1),
             ("expert_replicas", args.expert_replicas),
         ):
@@ -221,16 +225,6 @@ def _placement(args: ServeArgs, config: ModelConfig) -> Placement | None:
         raise ConfigError(f"expert_shards={shards}: allowed values are 1..{most}")
     try:
         return place_experts(config.num_experts, shards, args.expert_replicas)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-
-
-def _stage_layers(config: ModelConfig, stages: int, dtype: str) -> tuple[tuple[int, int], ...]:
-    from shards.partition import partition_layers
-
-    costs = [config.layer_bytes(i, itemsize(dtype)) for i in range(config.num_layers)]
-    try:
-        return partition_layers(costs, stages)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

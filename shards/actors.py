@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 
 import ray
 
@@ -11,7 +12,8 @@ from shards.control import Started
 from shards.load_board import reporter
 from shards.load_progress import Report
 from shards.logs import log_to_stderr
-from shards.spec import WorkerSpec
+from shards.spare_process import warm_up
+from shards.spec import GroupSpec, WorkerSpec
 from shards.worker import RunsForever, announce, make_worker
 
 log = logging.getLogger("conclave.actors")
@@ -20,34 +22,36 @@ log = logging.getLogger("conclave.actors")
 class _Shell:
     """`start` loads, `run` is the data loop that never returns: its end is the death watch."""
 
-    def __init__(self, spec: WorkerSpec, log_level: int) -> None:
+    def __init__(self, log_level: int) -> None:
         log_to_stderr(log_level)
-        self._spec = spec
         self._worker: RunsForever | None = None
 
     def node_id(self) -> str:
         """The node this actor was placed on."""
         return str(ray.get_runtime_context().get_node_id())
 
-    def start(self, across_nodes: bool) -> Started:
-        """Load the weights and listen, on TCP too when the group spans nodes."""
-        host = ray.util.get_node_ip_address() if across_nodes else None
-        transport = SocketTransport(self._spec.peer, self._spec.group.secret, tcp_host=host)
-        self._worker = make_worker(self._spec, transport, self._reporter())
-        return announce(self._worker, self._spec, self.node_id())
+    def start(self, spec: WorkerSpec, place: str, across_nodes: bool) -> Started:
+        """Load the weights and listen, on TCP too when the group spans nodes.
 
-    def _reporter(self) -> Report | None:
-        name = ray.get_runtime_context().get_actor_name()
-        try:
-            return reporter(name, self._spec)
-        except Exception as error:  # Ray raises many kinds; none of them may stop the loading
-            log.warning("%s: progress is not reported: %s", name, error)
-            return None
+        `place` is the worker's on the board of loading progress.
+        """
+        host = ray.util.get_node_ip_address() if across_nodes else None
+        transport = SocketTransport(spec.peer, spec.group.secret, tcp_host=host)
+        self._worker = make_worker(spec, transport, _reporter(place))
+        return announce(self._worker, spec, self.node_id())
 
     def run(self) -> None:
         """The data loop."""
         assert self._worker is not None
         self._worker.run()
+
+
+def _reporter(place: str) -> Report | None:
+    try:
+        return reporter(place)
+    except Exception as error:  # Ray raises many kinds; none of them may stop the loading
+        log.warning("%s: progress is not reported: %s", place, error)
+        return None
 
 
 class EngineActor(_Shell):
@@ -64,3 +68,19 @@ class DispatcherActor(_Shell):
 
 class ExpertActor(_Shell):
     """A set of experts."""
+
+
+class SpareActor(_Shell):
+    """Warm and without weights, until it is told to start as any of the others."""
+
+    def __init__(self, group: GroupSpec, log_level: int) -> None:
+        super().__init__(log_level)
+        warm_up(group)
+
+    def is_warm(self) -> bool:
+        """Answers once it is, and later to show that it does not hang."""
+        return True
+
+    def wait(self) -> None:
+        """Never returns: its end is the death watch of a spare that nobody has taken."""
+        threading.Event().wait()

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from ray.experimental import internal_kv
 
 from shards.load_progress import Report
-from shards.spec import WorkerSpec
 
 log = logging.getLogger("conclave.loading")
 
@@ -43,13 +42,12 @@ def bytes_read(prefix: str) -> int:
     return sum(int(value) for value in values if value and value.isdigit())
 
 
-def reporter(actor_name: str, spec: WorkerSpec) -> Report | None:
-    """How the worker in actor `{prefix}/{replica}/{peer}` reports; None when nobody watches.
+def reporter(place: str) -> Report | None:
+    """How the worker `{prefix}/{replica}/{peer}` reports; None when nobody watches.
 
     A respawned worker takes its predecessor's place.
     """
-    place = actor_name.removesuffix(f".{spec.incarnation}")
-    prefix = place.removesuffix(f"/{spec.peer}").rpartition("/")[0]
+    prefix = place.rsplit("/", 2)[0]
     if not internal_kv._internal_kv_exists(_key(prefix), namespace=_NAMESPACE):
         return None
 

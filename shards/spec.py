@@ -70,6 +70,8 @@ class GroupSpec:
     deadlines: Deadlines = Deadlines()
     cache_costs: tuple[CacheCost, ...] = ()
     """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""
+    warm_spare: bool = False
+    """Every node keeps one process ready to become any worker that must be started again."""
 
     @property
     def num_expert_shards(self) -> int:

@@ -15,6 +15,7 @@ from deploy.demo import nano_checkpoint
 from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
 from shards.ray_launcher import bundle_index
 from shards.spec import Deadlines, worker_specs
+from tests.tiny import write_tiny
 
 
 def resolved(**options: Any) -> ResolvedArgs:
@@ -29,6 +30,13 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"stages": 0}, ["stages", "1"]),
         ({"stages": "two"}, ["stages=two", "whole numbers"]),
         ({"stages": 9}, ["stages=9", "1..8"]),
+        ({"stage_layers": "0-3,5-7"}, ["stage_layers='0-3,5-7'", "5-7 does not begin with 4"]),
+        ({"stage_layers": "first"}, ["stage_layers='first'", "0-8,9-17"]),
+        ({"stage_layers": {0: 3}}, ["stage_layers", "0-8,9-17"]),
+        ({"stage_layers": "0-3,4-6"}, ["stage_layers=0-3,4-6", "end with layer 7"]),
+        ({"stage_layers": "0-3,4-8"}, ["stage_layers=0-3,4-8", "end with layer 7"]),
+        ({"stage_layers": "0-3,4-7", "stages": 3}, ["stages=3", "values are 2", "0-3,4-7"]),
+        ({"stage_layers": "0-3,4-7", "executor": "local"}, ["stage_layers=2", "executor=local"]),
         ({"expert_shards": 0, "executor": "pipeline"}, ["expert_shards=0", "1..16"]),
         ({"expert_shards": 17}, ["expert_shards=17", "1..16"]),
         ({"expert_shards": 2, "expert_replicas": 3}, ["expert_replicas=3", "1..2"]),
@@ -117,6 +125,49 @@ def test_executor_follows_the_topology(
     assert chosen.spec.stage_layers[0][0] == 0
     assert chosen.spec.stage_layers[-1][1] == chosen.num_layers == 8
     assert len(bundle_cpus(chosen)) == (1 if executor == "local" else 1 + stages + shards)
+
+
+@pytest.mark.parametrize("stages", [None, "3"])
+@pytest.mark.parametrize("asked", ["0-1,2,3-7", ["0-1", "2-2", "3-7"]])
+def test_stages_have_the_layers_that_were_asked_for(asked: object, stages: str | None) -> None:
+    spec = resolved(stage_layers=asked, stages=stages).spec
+    assert spec.stage_layers == ((0, 2), (2, 3), (3, 8))
+    assert (spec.executor, spec.num_expert_shards) == ("pipeline", 1)
+    assert spec.limits.max_in_flight == 3
+
+
+def test_one_range_is_one_stage() -> None:
+    assert resolved(stage_layers="0-7").spec.executor == "local"
+    alone = resolved(stage_layers="0-7", executor="pipeline").spec
+    assert alone.stage_layers == ((0, 8),)
+    assert alone.limits.lookahead
+
+
+def test_layers_are_split_by_what_a_step_reads(tmp_path: Path) -> None:
+    """One expert worker reads more than any layer, each of four less than one with attention."""
+    wide = {"intermediate_size": 1024, "num_key_value_heads": 1}
+    period = {"attn_layer_period": 8, "attn_layer_offset": 4, "num_hidden_layers": 8}
+    folder = str(write_tiny("jamba", tmp_path, **wide, **period))
+    alone, shared = (
+        resolve(parse_args({"model": folder, "stages": 4, "expert_shards": count})).spec
+        for count in (1, 4)
+    )
+    assert alone.stage_layers == ((0, 2), (2, 4), (4, 6), (6, 8))
+    # Attention is the largest part now and alone in its stage.
+    assert shared.stage_layers[2:] == ((4, 5), (5, 8))
+
+
+@pytest.mark.parametrize(
+    ("options", "warm_spare"),
+    [
+        ({}, False),
+        ({"stages": 2}, True),
+        ({"warm_spare": True}, True),
+        ({"stages": 2, "warm_spare": "false"}, False),
+    ],
+)
+def test_a_spare_waits_where_workers_are_many(options: dict[str, Any], warm_spare: bool) -> None:
+    assert resolved(**options).spec.warm_spare is warm_spare
 
 
 def test_every_worker_has_its_cpus_in_its_bundle() -> None:

@@ -81,7 +81,7 @@ async def _two_replicas_share_the_load(client: openai.AsyncOpenAI, url: str, tex
 
 
 def _check_actor_names() -> None:
-    """`conclave/{app}/{replica}/{role}-{index}`, one of each per replica."""
+    """`conclave/{app}/{replica}/{role}-{index}`, one of each per replica, and its spares."""
     import ray
 
     names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True)]
@@ -89,7 +89,8 @@ def _check_actor_names() -> None:
     assert {parts[1] for parts in ours} == {"nano"}
     roles = {"engine-0", "stage-0", "stage-1", "dispatcher-0", "expert-0", "expert-1"}
     for replica in {parts[2] for parts in ours}:
-        assert {parts[3] for parts in ours if parts[2] == replica} == roles
+        actors = {parts[3] for parts in ours if parts[2] == replica}
+        assert {name for name in actors if not name.startswith("spare-")} == roles
 
 
 if __name__ == "__main__":

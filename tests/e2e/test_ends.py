@@ -106,6 +106,29 @@ def test_workers_killed_behind_a_stream_are_not_noticed(log: Path) -> None:
             assert wait_until(lambda url=ready: httpx.get(url).status_code == 200, 60)
 
 
+def test_an_expert_comes_back_as_the_spare_that_was_warm(log: Path) -> None:
+    with serving(log, *FLAGS) as server:
+        assert wait_until(lambda: _warm_spares(server), 60)
+        (spare,) = _warm_spares(server)
+        expected = _stream(server, None)
+        assert _stream(server, ("expert", 1)) == expected
+        assert _pid(server, "expert", 1) == spare
+        assert wait_until(lambda: _warm_spares(server) - {spare}, 60), "it was not replaced"
+
+
+def _warm_spares(server: Server) -> set[int]:
+    """Ray shows in a process's title what it is, and while it is made also that."""
+    titles = {pid: _title(pid) for pid in server.family()}
+    return {p for p, t in titles.items() if "ray::SpareActor" in t and "__init__" not in t}
+
+
+def _title(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 def _stream(server: Server, victim: tuple[str, int] | None) -> list[str]:
     """The stream's token ids and its end; `victim` is killed after the tenth chunk."""
     body = {**LONG, "return_token_ids": True, "logprobs": 1}

@@ -182,8 +182,8 @@ def footprint(spec: WorkerSpec) -> Footprint:
 def worker_specs(folder: Path, quantization: str = "none") -> list[tuple[WorkerSpec, int]]:
     """The workers of two stages and three expert shards, and what each should read."""
     options = {"stages": 2, "expert_shards": 3, "dtype": "bfloat16", "quantization": quantization}
-    small_caches = {"max_model_len": 64, "max_num_seqs": 1}
-    group = resolve(parse_args({"model": str(folder), **options, **small_caches})).spec
+    alone = {"max_model_len": 64, "max_num_seqs": 1, "warm_spare": False}
+    group = resolve(parse_args({"model": str(folder), **options, **alone})).spec
     return [
         (WorkerSpec(group=group, role=load.role, index=load.index), load.num_bytes)
         for load in plan_loading(group, *open_model(folder))

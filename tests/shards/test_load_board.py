@@ -7,12 +7,7 @@ import logging
 import pytest
 from ray.experimental import internal_kv
 
-from deploy.config import parse_args
-from deploy.resolve import resolve
 from shards.load_board import bytes_read, open_board, reporter
-from shards.spec import Role, WorkerSpec
-
-GROUP = resolve(parse_args({"model": "nano-dbrx", "stages": 2, "expert_shards": 1})).spec
 
 
 class Store:
@@ -58,27 +53,23 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     return store
 
 
-def spec(role: Role, index: int, incarnation: int = 0) -> WorkerSpec:
-    return WorkerSpec(group=GROUP, role=role, index=index, incarnation=incarnation)
-
-
 def test_workers_of_all_replicas_are_added_up_and_wiped(store: Store) -> None:
-    assert reporter("conclave/app/r1/stage-0", spec(Role.STAGE, 0)) is None
+    assert reporter("conclave/app/r1/stage-0") is None
     with open_board("conclave/app"), open_board("conclave/app2"):
         assert bytes_read("conclave/app") == 0
-        for name, worker, count in (
-            ("conclave/app/r1/stage-0", spec(Role.STAGE, 0), 5),
-            ("conclave/app/r1/expert-0", spec(Role.EXPERT, 0), 30),
-            ("conclave/app/r2/stage-0", spec(Role.STAGE, 0), 200),
-            ("conclave/app2/r1/stage-0", spec(Role.STAGE, 0), 1000),
+        for place, count in (
+            ("conclave/app/r1/stage-0", 5),
+            ("conclave/app/r1/expert-0", 30),
+            ("conclave/app/r2/stage-0", 200),
+            ("conclave/app2/r1/stage-0", 1000),
         ):
-            report = reporter(name, worker)
+            report = reporter(place)
             assert report is not None
             report(1)
             report(count)
         assert bytes_read("conclave/app") == 235
         # The successor of a dead worker begins again in its place.
-        report = reporter("conclave/app/r2/stage-0.3", spec(Role.STAGE, 0, 3))
+        report = reporter("conclave/app/r2/stage-0")
         assert report is not None
         report(7)
         assert bytes_read("conclave/app") == 42

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import pytest
 
-from shards.partition import partition_layers
+from shards.partition import layer_ranges_text, parse_stage_layers, partition_layers
 
 
 def brute_force(costs: list[int], num_stages: int) -> int:
@@ -44,3 +44,41 @@ def test_impossible_counts_are_named(num_stages: int) -> None:
 def test_no_layers() -> None:
     with pytest.raises(ValueError, match=r"allowed 1\.\.0"):
         partition_layers([], 1)
+
+
+def test_ranges_are_read_as_they_are_written() -> None:
+    """Every split of up to six layers, with single layers in both spellings."""
+    for num_layers in range(1, 7):
+        for count in range(num_layers):
+            for cuts in combinations(range(1, num_layers), count):
+                stages = list(pairwise((0, *cuts, num_layers)))
+                owned = [list(range(first, end)) for first, end in stages]
+                long = ", ".join(f"{layers[0]} - {layers[-1]}" for layers in owned)
+                short = ",".join(
+                    f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else str(layers[0])
+                    for layers in owned
+                )
+                assert list(parse_stage_layers(long)) == stages
+                assert list(parse_stage_layers(short)) == stages
+                assert parse_stage_layers(layer_ranges_text(tuple(stages))) == tuple(stages)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "such as 0-8"),
+        ("0-3,", "such as 0-8"),
+        ("0-3,a-5", "such as 0-8"),
+        ("0-3-5", "such as 0-8"),
+        ("-1-3", "such as 0-8"),
+        ("0-٣", "such as 0-8"),
+        ("1-3", "1-3 does not begin with 0"),
+        ("0-3,5-7", "5-7 does not begin with 4"),
+        ("0-3,3-7", "3-7 does not begin with 4"),
+        ("4-7,0-3", "4-7 does not begin with 0"),
+        ("0-3,4-2", "not empty; 4-2"),
+    ],
+)
+def test_other_ranges_are_refused(text: str, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        parse_stage_layers(text)

@@ -1,0 +1,57 @@
+"""What a spare process does before it knows which worker it will be."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import threading
+
+from shards.cores import sleep_while_waiting
+from shards.spec import GroupSpec
+
+log = logging.getLogger("conclave.spare")
+
+# With what these import in turn, everything that starting a worker of any role imports.
+_MODULES = (
+    "shards.engine_worker",
+    "shards.stage_worker",
+    "shards.dispatcher_worker",
+    "shards.expert_worker",
+    "shards.local_executor",
+    "shards.kv_cache",
+    "shards.loading",
+)
+_LEAST_PRIORITY = 19
+
+
+def warm_up(group: GroupSpec) -> None:
+    """Import what any worker of the group imports and load its kernels, in nobody's way.
+
+    Linux keeps the priority of each thread: a thread of its own is nice, and this one stays as it
+    is, because no process without privileges could take its niceness back.
+    """
+    if group.crowded:
+        sleep_while_waiting()
+    thread = threading.Thread(target=_warm_up, args=(group,), name="conclave-warm-up")
+    thread.start()
+    thread.join()
+
+
+def _warm_up(group: GroupSpec) -> None:
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
+    for module in _MODULES:
+        importlib.import_module(module)
+
+    import torch
+
+    with torch.device("meta"):  # PyTorch imports more when this is first used
+        torch.empty(0)
+
+    from models.kernels.native import use_kernels
+
+    try:
+        use_kernels(group.kernels)
+    except ValueError as error:
+        # Whatever worker it becomes will refuse to start with the same words.
+        log.warning("a spare cannot load the kernels: %s", error)
