@@ -100,13 +100,12 @@ class StageWorker(Worker):
     def on_lost(self, peer: str) -> None:
         """Losing the dispatcher loses the step in hand; losing an expert does not.
 
-        The connection on which plans or tables come may have carried one.
+        The connection on which plans, tables or experts' answers come may have carried one.
         """
         self._links.on_lost(peer)
         if peer == f"{Role.DISPATCHER}-0" and self.spec.group.dispatch == "actor":
             self._lost_epoch = self._epoch
-        tables = f"{Role.DISPATCHER}-0" if self.spec.group.dispatch == "direct" else ""
-        if peer in (self._previous, tables) and self._newest_epoch:
+        if peer in (self._previous, f"{Role.DISPATCHER}-0") and self._newest_epoch:
             self.report(WorkerEvent(lost_epoch=self._newest_epoch))
 
     def _advance_step(self) -> None:
