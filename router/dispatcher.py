@@ -6,32 +6,22 @@ One class, two homes: the Dispatcher actor and (direct dispatch) the stages. No 
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from router.expert_call import call_sequence, expert_call, expert_result, read_expert_call
-from router.permutation import Permutation, combine, permute
+from router.exchange import Exchange, Key
+from router.expert_call import call_sequence, expert_call
+from router.permutation import RowMoves, TorchRows
 from router.placement import RoutingTable
+from router.row_pool import RowPool
 from router.transport.base import Frame, Header, PeerLost
-from router.transport.tensors import buffer_tensor
 
-__all__ = [
-    "Exchange",
-    "Permutation",
-    "TokenDispatcher",
-    "combine",
-    "expert_result",
-    "permute",
-    "read_expert_call",
-    "split_load",
-]
-
-Key = tuple[int, int, int, int, int]
+__all__ = ["Exchange", "LayerTotals", "TokenDispatcher", "split_load"]
 
 
 def split_load(
@@ -59,8 +49,7 @@ def split_load(
     return {shard: sorted(experts) for shard, experts in sorted(chosen.items())}
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
+class _Call(NamedTuple):
     """One EXPERT_CALL under way: which experts of `exchange`, to which incarnation of a shard."""
 
     exchange: Exchange
@@ -69,79 +58,29 @@ class _Call:
     experts: tuple[int, ...]
 
 
-class Exchange:
-    """One MoE layer of one micro-batch: tokens out to experts and back. Made by `submit`."""
+@dataclass(slots=True)
+class LayerTotals:
+    """What the exchanges of one layer have cost so far; `seconds` from `submit` to the last row."""
 
-    def __init__(
-        self, header: Header, hidden: Tensor, weights: Tensor, permutation: Permutation
-    ) -> None:
-        self.header = header
-        self.hidden = hidden
-        self.permutation = permutation
-        self.held: tuple[int, ...] = ()
-        """Experts that wait for a shard to come up."""
-        self.outstanding: set[int] = set()
-        """Sequence numbers of the calls under way."""
-        self._weights = weights
-        num_pairs = permutation.tokens.shape[0]
-        self._rows = hidden.new_empty(num_pairs, hidden.shape[1])
-
-    @property
-    def key(self) -> Key:
-        """(epoch, step, layer, micro_batch, source)."""
-        return self.header.key
-
-    @property
-    def done(self) -> bool:
-        """Whether every expert has answered."""
-        return not self.outstanding and not self.held
-
-    def result(self) -> Tensor:
-        """The layer's expert output [T, D] in the dtype of `hidden`; only when `done`."""
-        assert self.done, f"exchange {self.key} still waits for experts"
-        return combine(self._rows, self.permutation, self._weights, self.hidden.dtype)
-
-    def gather(self, experts: tuple[int, ...]) -> Tensor:
-        """The input rows of `experts`, in their order, [n, D] on the CPU."""
-        tokens = [self.permutation.tokens[start:stop] for start, stop in self._runs(experts)]
-        rows = torch.cat(tokens) if len(tokens) > 1 else tokens[0]
-        return self.hidden.index_select(0, rows).cpu()
-
-    def scatter(self, experts: tuple[int, ...], buffer: memoryview) -> None:
-        """Take the output rows of `experts`. Raises ValueError when their number is wrong."""
-        runs = self._runs(experts)
-        shape = (sum(stop - start for start, stop in runs), self._rows.shape[1])
-        rows = buffer_tensor(buffer, self._rows.dtype, shape)
-        taken = 0
-        for start, stop in runs:
-            self._rows[start:stop] = rows[taken : taken + stop - start]
-            taken += stop - start
-
-    def _runs(self, experts: tuple[int, ...]) -> list[tuple[int, int]]:
-        """Row ranges of ascending `experts`; neighbours are joined."""
-        runs: list[tuple[int, int]] = []
-        for expert in experts:
-            start = self.permutation.starts[expert]
-            stop = start + self.permutation.counts[expert]
-            if runs and runs[-1][1] == start:
-                start = runs.pop()[0]
-            runs.append((start, stop))
-        return runs
+    exchanges: int = 0
+    calls: int = 0
+    resends: int = 0
+    sent_bytes: int = 0
+    received_bytes: int = 0
+    seconds: float = 0.0
 
 
 class TokenDispatcher:
     """Sends each token to a live copy of its experts and gathers the answers.
 
     `send(shard, frame)` writes to the incarnation of the newest table and raises PeerLost. The
-    owner feeds tables, answers and losses; which copy computes never changes a bit.
+    owner feeds tables, answers and losses; which copy computes never changes a bit. `moves` makes
+    the passes over the rows, PyTorch by default.
     """
 
-    def __init__(self, send: Callable[[int, Frame], None]) -> None:
+    def __init__(self, send: Callable[[int, Frame], None], moves: RowMoves | None = None) -> None:
         self.table: RoutingTable | None = None
-        self.num_calls = 0
-        self.num_resends = 0
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self.layers: dict[int, LayerTotals] = {}
         self.tokens: dict[int, list[int]] = {}
         """Per layer, how many tokens each logical expert got."""
         self.oldest_epoch = 0
@@ -151,6 +90,11 @@ class TokenDispatcher:
         self._lost: set[tuple[int, int]] = set()
         self._calls: dict[int, _Call] = {}
         self._exchanges: dict[Key, Exchange] = {}
+        self._moves: RowMoves = TorchRows() if moves is None else moves
+        self._pool = RowPool()
+        self._copies: dict[int, list[int]] = {}
+        self._order: tuple[int, ...] = ()
+        """`_holders` and `_order_of`, as long as neither the table nor who lives changes."""
 
     def set_table(self, table: RoutingTable) -> None:
         """Route by `table` from now on; one that is not newer is ignored.
@@ -166,8 +110,8 @@ class TokenDispatcher:
         listed = {address.shard: address.incarnation for address in table.addresses}
         self._lost = {pair for pair in self._lost if listed.get(pair[0]) == pair[1]}
         self._live = {s: i for s, i in listed.items() if (s, i) not in self._lost}
+        self._forget_copies()
         work = self._take_calls(lambda call: listed.get(call.shard) != call.incarnation)
-        self.num_resends += len(work)
         for exchange in self._exchanges.values():
             if exchange.held:
                 work.append((exchange, exchange.held))
@@ -177,19 +121,19 @@ class TokenDispatcher:
     def submit(self, key: Header, hidden: Tensor, expert_ids: Tensor, weights: Tensor) -> Exchange:
         """Start the exchange of `hidden` [T, D], routed by `expert_ids` and `weights` [T, k].
 
-        `hidden` must not change until the exchange is done. Raises ValueError for an epoch that
-        was dropped, a key under way or an unknown expert.
+        Raises ValueError for an epoch that was dropped, a key under way or an unknown expert.
         """
-        if key.epoch < self.oldest_epoch or key.key in self._exchanges:
-            raise ValueError(f"exchange {key.key}: dropped or under way already")
-        num_experts = self._num_experts(expert_ids)
-        permutation = permute(expert_ids, num_experts)
-        exchange = Exchange(key, hidden, weights, permutation)
-        seen = self.tokens.get(key.layer, [0] * num_experts)
-        self.tokens[key.layer] = list(map(sum, zip_longest(seen, permutation.counts, fillvalue=0)))
-        used = tuple(expert for expert, count in enumerate(permutation.counts) if count)
+        exchange_key = key.key
+        if key.epoch < self.oldest_epoch or exchange_key in self._exchanges:
+            raise ValueError(f"exchange {exchange_key}: dropped or under way already")
+        exchange = Exchange(
+            key, hidden, expert_ids, weights, self._order_of(expert_ids), self._moves, self._pool
+        )
+        counts = exchange.counts
+        self._count_tokens(key.layer, counts)
+        used = tuple(expert for expert, count in enumerate(counts) if count)
         if used:
-            self._exchanges[exchange.key] = exchange
+            self._exchanges[exchange_key] = exchange
             self._dispatch([(exchange, used)])
         return exchange
 
@@ -202,14 +146,17 @@ class TokenDispatcher:
         call = self._calls.get(sequence)
         if call is None or call.shard != shard or call.exchange.key != frame.header.key:
             return None
-        exchange = call.exchange
-        exchange.scatter(call.experts, frame.buffers[0])
-        self.received_bytes += frame.buffers[0].nbytes
+        exchange, buffer = call.exchange, frame.buffers[0]
+        exchange.answer(call.experts, buffer)
+        totals = self.layers[exchange.header.layer]
+        totals.received_bytes += buffer.nbytes
         del self._calls[sequence]
         exchange.outstanding.remove(sequence)
         if not exchange.done:
             return None
         del self._exchanges[exchange.key]
+        totals.exchanges += 1
+        totals.seconds += time.perf_counter() - exchange.started
         return exchange
 
     def on_connected(self, shard: int, incarnation: int) -> None:
@@ -238,29 +185,50 @@ class TokenDispatcher:
             away = [e for s in exchange.outstanding for e in self._calls[s].experts]
             assert len(away) == len(set(away))
             assert not set(away) & set(exchange.held)
-            assert all(exchange.permutation.counts[e] for e in (*away, *exchange.held))
+            assert all(exchange.counts[e] for e in (*away, *exchange.held))
             assert not any(self._holders(e) for e in exchange.held)
         for sequence, call in self._calls.items():
             assert sequence in call.exchange.outstanding
             assert self._exchanges[call.exchange.key] is call.exchange
             assert self._live.get(call.shard) == call.incarnation
 
-    def _num_experts(self, expert_ids: Tensor) -> int:
-        if self.table is not None:
-            return len(self.table.placement.shards)
-        return int(expert_ids.max()) + 1 if expert_ids.numel() else 0
+    def _order_of(self, expert_ids: Tensor) -> tuple[int, ...]:
+        """All experts, those of one shard together: what it is sent then lies together."""
+        if self.table is None:
+            return tuple(range(int(expert_ids.max()) + 1 if expert_ids.numel() else 0))
+        if not self._order:
+            experts = range(len(self.table.placement.shards))
+            # A place of its own for those that nobody holds now.
+            self._order = tuple(sorted(experts, key=lambda e: (*self._holders(e)[:1], -1)[0]))
+        return self._order
+
+    def _forget_copies(self) -> None:
+        """The table or who lives has changed."""
+        self._copies.clear()
+        self._order = ()
+
+    def _count_tokens(self, layer: int, counts: Sequence[int]) -> None:
+        seen = self.tokens.setdefault(layer, [])
+        if len(seen) < len(counts):
+            self.layers.setdefault(layer, LayerTotals())
+            seen += [0] * (len(counts) - len(seen))
+        for expert, count in enumerate(counts):
+            seen[expert] += count
 
     def _holders(self, expert: int) -> list[int]:
-        if self.table is None:
-            return []
-        return [s for s in self.table.placement.shards[expert] if s in self._live]
+        """Live shards with a copy of `expert`, the preferred one first."""
+        copies = self._copies.get(expert)
+        if copies is None:
+            held = () if self.table is None else self.table.placement.shards[expert]
+            copies = self._copies[expert] = [shard for shard in held if shard in self._live]
+        return copies
 
     def _dispatch(self, work: Iterable[tuple[Exchange, tuple[int, ...]]]) -> None:
         """Send calls until every expert is under way or held, burying shards on the way."""
         queue = deque(work)
         while queue:
             exchange, experts = queue.popleft()
-            counts = exchange.permutation.counts
+            counts = exchange.counts
             split = split_load([(e, counts[e]) for e in experts], self._holders)
             for shard, group in split.items():
                 if shard == -1:
@@ -273,16 +241,22 @@ class TokenDispatcher:
 
     def _send_call(self, exchange: Exchange, shard: int, experts: tuple[int, ...]) -> None:
         assert self.table is not None
-        counts = exchange.permutation.counts
-        self._sequence += 1
-        pairs = [(expert, counts[expert]) for expert in experts]
-        rows = exchange.gather(experts)
-        frame = expert_call(exchange.header, self.table.version, self._sequence, pairs, rows)
+        self._sequence = sequence = self._sequence + 1
+        rows = exchange.questions(experts)
+        frame = expert_call(
+            exchange.header,
+            self.table.version,
+            sequence,
+            [(expert, exchange.counts[expert]) for expert in experts],
+            rows,
+            exchange.dtype,
+        )
         # Known before it is sent: a loss in `send` finds it among the shard's calls.
-        self._calls[self._sequence] = _Call(exchange, shard, self._live[shard], experts)
-        exchange.outstanding.add(self._sequence)
-        self.num_calls += 1
-        self.sent_bytes += rows.nbytes
+        self._calls[sequence] = _Call(exchange, shard, self._live[shard], experts)
+        exchange.outstanding.add(sequence)
+        totals = self.layers[exchange.header.layer]
+        totals.calls += 1
+        totals.sent_bytes += rows.nbytes
         self._send(shard, frame)
 
     def _bury(self, shard: int) -> list[tuple[Exchange, tuple[int, ...]]]:
@@ -290,9 +264,8 @@ class TokenDispatcher:
         incarnation = self._live.pop(shard, None)
         if incarnation is not None:
             self._lost.add((shard, incarnation))
-        work = self._take_calls(lambda call: call.shard == shard)
-        self.num_resends += len(work)
-        return work
+            self._forget_copies()
+        return self._take_calls(lambda call: call.shard == shard)
 
     def _take_calls(self, gone: Callable[[_Call], bool]) -> list[tuple[Exchange, tuple[int, ...]]]:
         work = []
@@ -300,5 +273,6 @@ class TokenDispatcher:
             if gone(call):
                 del self._calls[sequence]
                 call.exchange.outstanding.remove(sequence)
+                self.layers[call.exchange.header.layer].resends += 1
                 work.append((call.exchange, call.experts))
         return work

@@ -9,6 +9,7 @@ import ray
 
 from router.transport.sockets import SocketTransport
 from shards.control import Started
+from shards.cores import available_cores, spin_seconds
 from shards.load_board import reporter
 from shards.load_progress import Report
 from shards.logs import log_to_stderr
@@ -36,7 +37,12 @@ class _Shell:
         `place` is the worker's on the board of loading progress.
         """
         host = ray.util.get_node_ip_address() if across_nodes else None
-        transport = SocketTransport(spec.peer, spec.group.secret, tcp_host=host)
+        transport = SocketTransport(
+            spec.peer,
+            spec.group.secret,
+            tcp_host=host,
+            spin_seconds=spin_seconds(spec.group, available_cores()),
+        )
         self._worker = make_worker(spec, transport, _reporter(place))
         return announce(self._worker, spec, self.node_id())
 

@@ -12,6 +12,7 @@ from shards.spec import GroupSpec
 
 _MEMBERSHIP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
+_SPIN_SECONDS = 100e-6
 
 
 def available_cores(membership: Path = _MEMBERSHIP, cgroups: Path = _CGROUPS) -> int:
@@ -50,6 +51,16 @@ def default_threads(kernels: str, cores: int, actors: int) -> int:
     One where PyTorch computes any kernel: its bits may depend on how many threads share a product.
     """
     return 1 if TORCH in backends(kernels).values() else max(1, cores // actors)
+
+
+def spin_seconds(group: GroupSpec, cores: int) -> float:
+    """How long a worker looks for frames before it sleeps, where every worker has a core here.
+
+    As long as waking up takes; on shared cores a spinning worker would delay whom it waits for.
+    """
+    busy = num_compute_actors(group) * group.threads
+    dispatchers = 1 if group.num_expert_shards else 0
+    return _SPIN_SECONDS if busy + dispatchers <= cores else 0.0
 
 
 def sleep_while_waiting() -> None:

@@ -95,9 +95,11 @@ def make_dispatcher_worker(spec: WorkerSpec, transport: Transport) -> Dispatcher
     """The dispatcher of a group; it reads the config only, no weights."""
     from pathlib import Path
 
+    from models.kernels.native import use_kernels
     from models.registry import load_config
     from shards.threads import use_threads
 
     use_threads(spec.group.threads)
+    use_kernels(spec.group.kernels)
     config = load_config(Path(spec.group.model_path))
     return DispatcherWorker(spec, transport, MoeShape(config.hidden_size, config.top_k))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,15 +22,16 @@ class MoeShape:
 
 def moe_call(key: Header, hidden: Tensor, routing: Routing) -> Frame:
     """A stage asks for the combined expert outputs of [T, D] rows."""
-    header = replace(key, kind=FrameKind.MOE_CALL, dtype=wire_dtype(hidden.dtype))
-    tensors = (hidden, routing.expert_ids, routing.weights)
+    header = key._replace(kind=FrameKind.MOE_CALL, dtype=wire_dtype(hidden.dtype))
+    # The widest elements first: what follows them is aligned too.
+    tensors = (routing.expert_ids, hidden, routing.weights)
     return Frame(header, b"", tuple(tensor_buffer(t.contiguous()) for t in tensors))
 
 
 def read_moe_call(frame: Frame, shape: MoeShape) -> tuple[Tensor, Tensor, Tensor]:
     """The [T, D] hidden rows, [T, k] int64 expert ids and [T, k] weights of a call."""
     dtype = torch_dtype(frame.header.dtype)
-    hidden, expert_ids, weights = frame.buffers
+    expert_ids, hidden, weights = frame.buffers
     rows = read_rows(hidden, dtype, shape.hidden_size)
     choices = (len(rows), shape.top_k)
     return (
@@ -42,7 +43,7 @@ def read_moe_call(frame: Frame, shape: MoeShape) -> tuple[Tensor, Tensor, Tensor
 
 def moe_result(key: Header, combined: Tensor) -> Frame:
     """The answer: [T, D] rows combined in routing order."""
-    header = replace(key, kind=FrameKind.MOE_RESULT, dtype=wire_dtype(combined.dtype))
+    header = key._replace(kind=FrameKind.MOE_RESULT, dtype=wire_dtype(combined.dtype))
     return Frame(header, b"", (tensor_buffer(combined.contiguous()),))
 
 

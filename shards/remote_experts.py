@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.expert_backend import ExchangeKey
 from shards.moe_wire import MoeShape, moe_call, read_moe_result
+from shards.row_moves import FastestRows
 from shards.spec import Role
 
 Advance = Callable[[], None]
@@ -45,10 +47,10 @@ class ExpertLinks:
         self._transport = transport
         self._unreachable = unreachable
         self._connected: dict[int, int] = {}
-        self.dispatcher = TokenDispatcher(self._send)
+        self.dispatcher = TokenDispatcher(self._send, FastestRows())
 
     def _send(self, shard: int, frame: Frame) -> None:
-        self._transport.send(f"{Role.EXPERT}-{shard}", frame)
+        self._transport.send(_peer(shard), frame)
 
     def set_table(self, table: RoutingTable) -> None:
         """Connect to incarnations not seen before, then route by the table."""
@@ -56,7 +58,7 @@ class ExpertLinks:
             if self._connected.get(entry.shard) == entry.incarnation:
                 continue
             try:
-                self._transport.connect(f"{Role.EXPERT}-{entry.shard}", entry.address)
+                self._transport.connect(_peer(entry.shard), entry.address)
             except PeerLost:
                 # Sending to it will fail and resend; the next table has its successor.
                 self._unreachable(f"{Role.EXPERT}-{entry.shard}")
@@ -78,6 +80,12 @@ class ExpertLinks:
             self._unreachable(peer)
 
 
+@cache
+def _peer(shard: int) -> str:
+    return f"{Role.EXPERT}-{shard}"
+
+
+@cache
 def _shard(peer: str) -> int:
     return int(peer.rsplit("-", 1)[1])
 

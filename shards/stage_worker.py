@@ -159,11 +159,11 @@ class StageWorker(Worker):
         """Send the plan and its rows on, or the result; wanted arrays of all stages so far too."""
         wanted = (*read_rows_buffer(frame.buffers[1:]), *done.wanted)
         if isinstance(done.output, StepResult):
-            header = replace(frame.header, kind=FrameKind.RESULT)
+            header = frame.header._replace(kind=FrameKind.RESULT)
             result = replace(done.output, wanted=wanted)
             self.transport.send(self._next, frame_with_rows(header, result))
             return
-        header = replace(frame.header, dtype=wire_dtype(done.output.dtype))
+        header = frame.header._replace(dtype=wire_dtype(done.output.dtype))
         buffers = (tensor_buffer(done.output.contiguous()), *rows_buffer(wanted))
         self.transport.send(self._next, Frame(header, frame.meta, buffers))
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from router.codec import decode, encode
 from router.transport.sockets import SocketTransport
+from shards.cores import available_cores, spin_seconds
 from shards.spare_process import warm_up
 from shards.spec import GroupSpec, WorkerSpec
 from shards.subprocess_launcher import ALIVE, FATAL_EXIT
@@ -58,7 +59,8 @@ def main() -> int:
     if spec is None:
         return 0
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    transport = SocketTransport(spec.peer, spec.group.secret)
+    spin = spin_seconds(spec.group, available_cores())
+    transport = SocketTransport(spec.peer, spec.group.secret, spin_seconds=spin)
     try:
         worker = make_worker(spec, transport)
         started = announce(worker, spec)

@@ -5,6 +5,8 @@
 #include "rows.h"
 #include "scratch.h"
 
+#include <string.h>
+
 struct grouped {
     const struct routed *routed;
     i64 *places; /* [tokens, top_k] the row of each pair */
@@ -50,12 +52,14 @@ static inline __attribute__((always_inline)) void combine_token(enum type type,
 {
     const struct routed *r = g->routed;
     i64 bytes = r->width * type_size(type), first = token * r->top_k;
+    float weights[r->top_k];
+    for (i64 slot = 0; slot < r->top_k; slot++)
+        weights[slot] = v_read_part(type, r->weights + (first + slot) * type_size(type), 1)[0];
     for (i64 at = 0; at < r->width; at += VW) {
         vec sum = v_zero();
-        for (i64 slot = first; slot < first + r->top_k; slot++) {
-            vec weight = v_read_part(type, r->weights + slot * type_size(type), 1);
-            vec row = read_some(type, g->outputs + g->places[slot] * bytes, at, r->width);
-            sum += row * v_set(weight[0]);
+        for (i64 slot = 0; slot < r->top_k; slot++) {
+            vec row = read_some(type, g->outputs + g->places[first + slot] * bytes, at, r->width);
+            sum += row * v_set(weights[slot]);
         }
         write_some(type, r->out + token * bytes, at, r->width, sum);
     }
@@ -72,6 +76,50 @@ static void combine_share(void *context, int index, int count)
         case BF16: combine_token(BF16, g, token); break;
         default: combine_token(F16, g, token); break;
         }
+}
+
+/* The layout is that of token_rows.py: a layer whose experts are elsewhere. */
+struct apart {
+    struct routed routed;
+    char *rows;           /* [tokens * top_k, width], grouped by expert */
+    i64 *places;          /* [tokens, top_k] the row of each pair */
+    const i64 *order;     /* [num_experts] the experts as their rows lie */
+    i64 *counts, *starts; /* [num_experts] rows of each expert, and the first of them */
+};
+
+static int row_threads(const struct routed *r)
+{
+    return r->tokens * r->top_k * r->width < SERIAL_ELEMENTS ? 1 : (int)r->threads;
+}
+
+/* Tokens to rows: experts in `order`, an expert's rows in token order. */
+EXPORT int conclave_spread_rows(struct apart *a)
+{
+    const struct routed *r = &a->routed;
+    struct grouped g = {r, a->places, a->rows, NULL};
+    i64 first = 0, pairs = r->tokens * r->top_k;
+    memset(a->counts, 0, (size_t)r->num_experts * sizeof *a->counts);
+    for (i64 pair = 0; pair < pairs; pair++) {
+        if (r->ids[pair] < 0 || r->ids[pair] >= r->num_experts)
+            return UNKNOWN_EXPERT;
+        a->places[pair] = a->counts[r->ids[pair]]++;
+    }
+    for (i64 at = 0; at < r->num_experts; at++) {
+        a->starts[a->order[at]] = first;
+        first += a->counts[a->order[at]];
+    }
+    for (i64 pair = 0; pair < pairs; pair++)
+        a->places[pair] += a->starts[r->ids[pair]];
+    in_parallel(scatter_share, &g, row_threads(r));
+    return 0;
+}
+
+/* Rows to tokens: the outputs are in `rows`. */
+EXPORT int conclave_combine_rows(struct apart *a)
+{
+    struct grouped g = {&a->routed, a->places, NULL, a->rows};
+    in_parallel(combine_share, &g, row_threads(&a->routed));
+    return 0;
 }
 
 /* Σ over the slots of a token, in their order: weight · expert(x), rounded once. */

@@ -23,7 +23,7 @@ class Connection:
         self, sock: socket.socket, handshake: Handshake, *, dialed: bool, patience: float
     ) -> None:
         self.sock = sock
-        self.reader = FrameReader(2 * HELLO_BYTES, HELLO_BYTES)
+        self.reader = FrameReader(3 * HELLO_BYTES, HELLO_BYTES)
         self.dialed = dialed
         self.peer: Identity | None = None
         self.closed = False
@@ -32,11 +32,11 @@ class Connection:
         self._patience = patience
 
     def receive(self) -> bool:
-        """Read what is there into the reader; False at the end of the stream. Raises OSError."""
-        try:
-            num_bytes = self.sock.recv_into(self.reader.space())
-        except BlockingIOError:
-            return True
+        """Read what is there into the reader; False at the end of the stream.
+
+        Raises BlockingIOError when there is nothing, or another OSError.
+        """
+        num_bytes = self.sock.recv_into(self.reader.space())
         self.reader.advance(num_bytes)
         return num_bytes > 0
 
@@ -60,14 +60,19 @@ class Connection:
         """Write one handshake frame. Raises OSError."""
         # A fresh socket has room for this: anything but one whole write is a failure.
         parts, total = frame_parts(Frame(Header(kind=FrameKind.HELLO), payload))
-        if self.sock.sendmsg(parts) != total:
+        try:
+            sent = self.sock.sendmsg(parts)
+        except BlockingIOError:
+            sent = 0
+        if sent != total:
             raise ConnectionError("handshake not written")
 
 
 def unsent(parts: list[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
     """What is left of `parts` after their first `sent` bytes."""
     for idx, part in enumerate(parts):
-        if sent < len(part):
-            return [memoryview(part)[sent:], *parts[idx + 1 :]]
-        sent -= len(part)
+        rest = memoryview(part)
+        if sent < rest.nbytes:
+            return [rest.cast("B")[sent:], *parts[idx + 1 :]]
+        sent -= rest.nbytes
     return []

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import selectors
 import socket
-import threading
 import time
 from collections import deque
-from contextlib import suppress
 from functools import partial
 
 from router.transport import endpoints
@@ -16,6 +13,8 @@ from router.transport.base import Frame, Lost, PeerLost, Received
 from router.transport.connection import Connection, unsent
 from router.transport.framing import frame_parts
 from router.transport.handshake import Handshake, Identity
+from router.transport.poller import Poller
+from router.transport.wake_up import WakeUp
 
 _log = logging.getLogger("conclave.transport")
 
@@ -34,7 +33,8 @@ class SocketTransport:
     """A named peer's sockets. Owned by one thread; only `wake` may be called from others.
 
     `secret` is shared by the group: who does not know it is refused. `tcp_host` is this node's
-    address for peers of other nodes; without it only peers of this node can connect.
+    address for peers of other nodes; without it only peers of this node can connect. For
+    `spin_seconds` a `recv` looks for frames before it sleeps: only where a core is to spare.
     """
 
     def __init__(
@@ -46,28 +46,27 @@ class SocketTransport:
         hello_seconds: float = HELLO_SECONDS,
         dial_seconds: float = DIAL_SECONDS,
         stall_seconds: float = STALL_SECONDS,
+        spin_seconds: float = 0.0,
     ) -> None:
         self._identity = Identity.create(name)
         self._secret = secret
         self._hello_seconds = hello_seconds
         self._dial_seconds = dial_seconds
         self._stall_seconds = stall_seconds
+        self._spin_seconds = spin_seconds
         self._inbox: deque[Received | Lost] = deque()
         self._strangers: dict[Connection, None] = {}  # an ordered set, the oldest first
         # The first link is the one sent on, so that order holds when two peers dial each other.
         self._links: dict[str, list[Connection]] = {}
         self._closed = False
-        self._woken = False
-        self._wake_lock = threading.Lock()
-        self._wake_reader, self._wake_writer = socket.socketpair()
-        self._wake_reader.setblocking(False)
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._wake_reader, selectors.EVENT_READ, self._hear_wake)
+        self._wake_up = WakeUp()
+        self._poller = Poller()
+        self._poller.watch(self._wake_up.socket, self._wake_up.empty)
         self._listeners = [endpoints.listen_here()]
         if tcp_host is not None:
             self._listeners.append(endpoints.listen_tcp(tcp_host))
         for listener, _ in self._listeners:
-            self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+            self._poller.watch(listener, partial(self._accept, listener))
 
     @property
     def address(self) -> str:
@@ -114,36 +113,43 @@ class SocketTransport:
         """
         if self._closed:
             raise ConnectionError(f"transport {self._identity.name} is closed")
-        deadline = None if timeout is None else time.monotonic() + timeout
-        expired = False
+        deadline: float | None = None
+        remaining, spin = timeout, self._spin_seconds > 0
         while True:
-            if self._woken:
-                self._forget_wake()
+            if self._wake_up.is_set:
+                self._wake_up.take()
                 return None
             if self._inbox:
                 return self._inbox.popleft()
-            if expired:
-                return None
-            if deadline is None:
+            if spin and remaining != 0:
+                spin = False
+                self._spin()
+                continue
+            if remaining is None:
                 self._pump(None)
-            else:
-                remaining = deadline - time.monotonic()
-                expired = remaining <= 0
-                self._pump(max(0.0, remaining))
+                continue
+            if deadline is None:
+                deadline = time.monotonic() + remaining
+            elif remaining <= 0:
+                return None
+            self._pump(remaining)
+            remaining = max(0.0, deadline - time.monotonic())
+
+    def _spin(self) -> None:
+        """Look for frames without sleeping, for as long as waking up would take."""
+        until = time.monotonic() + self._spin_seconds
+        while not self._inbox and not self._wake_up.is_set and time.monotonic() < until:
+            self._poller.wait(0)
 
     def wake(self) -> None:
         """Make a blocked `recv` (or the next one) return None. Thread-safe."""
-        with self._wake_lock:
-            if not self._woken and not self._closed:
-                self._woken = True
-                self._wake_writer.send(b"\0")
+        self._wake_up.set()
 
     def close(self) -> None:
         """Close every connection and the listeners."""
         if self._closed:
             return
-        with self._wake_lock:
-            self._closed = True
+        self._closed = True
         for connection in self._strangers:
             self._unlink(connection)
         for links in self._links.values():
@@ -151,21 +157,10 @@ class SocketTransport:
                 self._unlink(connection)
         self._strangers.clear()
         self._links.clear()
-        self._selector.close()
+        self._poller.close()
         for listener, _ in self._listeners:
             listener.close()
-        self._wake_reader.close()
-        self._wake_writer.close()
-
-    def _hear_wake(self) -> None:
-        # Only empties the socket, so that a blocked send does not spin: the flag is what counts.
-        with suppress(BlockingIOError):
-            self._wake_reader.recv(1)
-
-    def _forget_wake(self) -> None:
-        with self._wake_lock:
-            self._woken = False
-            self._hear_wake()
+        self._wake_up.close()
 
     def _pump(self, timeout: float | None) -> None:
         """Wait for socket events, read what is there, drop strangers that are too slow."""
@@ -173,8 +168,7 @@ class SocketTransport:
             slowest = min(connection.deadline for connection in self._strangers)
             until = max(0.0, slowest - time.monotonic())
             timeout = until if timeout is None else min(timeout, until)
-        for key, _ in self._selector.select(timeout):
-            key.data()
+        self._poller.wait(timeout)
         if self._strangers:
             now = time.monotonic()
             for connection in [c for c in self._strangers if c.deadline <= now]:
@@ -196,9 +190,7 @@ class SocketTransport:
 
     def _admit(self, connection: Connection) -> None:
         self._strangers[connection] = None
-        self._selector.register(
-            connection.sock, selectors.EVENT_READ, partial(self._readable, connection)
-        )
+        self._poller.watch(connection.sock, partial(self._readable, connection))
 
     def _dial(self, peer: str, endpoint: str) -> None:
         """Connect and shake hands, serving every other peer meanwhile. Raises OSError."""
@@ -224,16 +216,19 @@ class SocketTransport:
     def _readable(self, connection: Connection) -> None:
         if connection.closed:  # dropped by an earlier event of the same poll
             return
+        reader = connection.reader
         try:
-            if not connection.receive():
-                self._drop(connection, "closed by peer")
-                return
-            while (frame := connection.reader.next_frame()) is not None:
-                if connection.peer is not None:
-                    self._inbox.append(Received(connection.peer.name, frame))
-                    continue
-                if (peer := connection.greet(frame)) is not None:
-                    self._link(connection, peer)
+            while connection.receive():
+                while (frame := reader.next_frame()) is not None:
+                    if connection.peer is not None:
+                        self._inbox.append(Received(connection.peer.name, frame))
+                    elif (peer := connection.greet(frame)) is not None:
+                        self._link(connection, peer)
+                if not reader.in_body:
+                    return
+            self._drop(connection, "closed by peer")
+        except BlockingIOError:
+            return
         except OSError as error:
             self._drop(connection, str(error))
         except ValueError as error:  # MalformedFrame, HandshakeRefused, a name that is not UTF-8
@@ -254,9 +249,9 @@ class SocketTransport:
     def _send_rest(
         self, peer: str, connection: Connection, parts: list[bytes | memoryview]
     ) -> None:
-        sock, data = connection.sock, partial(self._readable, connection)
+        sock = connection.sock
         try:
-            self._selector.modify(sock, selectors.EVENT_READ | selectors.EVENT_WRITE, data)
+            self._poller.also_for_writing(sock, True)
             stalled_at = time.monotonic() + self._stall_seconds
             while parts:
                 self._pump(max(0.0, stalled_at - time.monotonic()))
@@ -268,7 +263,7 @@ class SocketTransport:
                 except BlockingIOError:
                     if time.monotonic() > stalled_at:
                         raise TimeoutError("peer does not read") from None
-            self._selector.modify(sock, selectors.EVENT_READ, data)
+            self._poller.also_for_writing(sock, False)
         except BaseException as error:
             # Half a frame is out: nothing sensible can follow it.
             for link in [connection, *self._links.get(peer, ())]:
@@ -280,7 +275,7 @@ class SocketTransport:
     def _unlink(self, connection: Connection) -> None:
         if not connection.closed:
             connection.closed = True
-            self._selector.unregister(connection.sock)
+            self._poller.forget(connection.sock)
             connection.sock.close()
 
     def _drop(self, connection: Connection, reason: str, *, malformed: bool = False) -> None:

@@ -14,6 +14,8 @@ _TORCH = {
     Dtype.BFLOAT16: torch.bfloat16,
     Dtype.FLOAT16: torch.float16,
 }
+# NumPy has no bfloat16, and Python's buffers no float16.
+_STAND_INS = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _WIRE = {torch_dtype: wire for wire, torch_dtype in _TORCH.items()}
 
 
@@ -36,14 +38,16 @@ def tensor_buffer(tensor: Tensor) -> memoryview:
 
     The view keeps the memory alive. Raises ValueError for another device or layout.
     """
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(
             f"tensor {tuple(tensor.shape)} on {tensor.device}, contiguous="
             f"{tensor.is_contiguous()}: allowed contiguous CPU tensors"
         )
     if not tensor.numel():
         return memoryview(b"")
-    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data
+    stand_in = _STAND_INS.get(tensor.dtype)
+    same_bytes = tensor.detach() if stand_in is None else tensor.detach().view(stand_in)
+    return same_bytes.numpy().data.cast("B")
 
 
 def buffer_tensor(buffer: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import deque
 
 import hypothesis.strategies as st
@@ -19,19 +18,15 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
-from router.dispatcher import (
-    Exchange,
-    TokenDispatcher,
-    combine,
-    expert_result,
-    permute,
-    read_expert_call,
-    split_load,
-)
+from router.dispatcher import Exchange, TokenDispatcher, split_load
+from router.expert_call import expert_result, read_expert_call
+from router.permutation import RowMoves, TorchRows, combine, permute
 from router.placement import Placement, RoutingTable, ShardAddress, place_experts
 from router.transport.base import Dtype, Frame, FrameKind, Header, PeerLost
+from shards.row_moves import FastestRows
 
 HIDDEN_SIZE = 5
+MOVES = (TorchRows, FastestRows)
 
 
 def expert(e: int, x: Tensor) -> Tensor:
@@ -152,11 +147,14 @@ def test_split_load_balances_and_is_deterministic() -> None:
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (4, 1, 1), (4, 2, 1), (4, 3, 1), (4, 3, 2), (5, 4, 4)]
 )
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 17])
-def test_equals_dense(dtype: torch.dtype, shape: tuple[int, int, int], num_tokens: int) -> None:
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 17, 50])
+@pytest.mark.parametrize("moves", MOVES)
+def test_equals_dense(
+    dtype: torch.dtype, shape: tuple[int, int, int], num_tokens: int, moves: type[RowMoves]
+) -> None:
     placement = place_experts(*shape)
     wire = Wire()
-    dispatcher = TokenDispatcher(wire.send)
+    dispatcher = TokenDispatcher(wire.send, moves())
     dispatcher.set_table(table(1, placement, dict.fromkeys(range(placement.num_shards), 0)))
     routed = batch(num_tokens, num_tokens, shape[0], min(2, shape[0]), dtype)
     exchange = dispatcher.submit(key(), *routed)
@@ -186,8 +184,14 @@ def test_one_call_per_shard_with_its_experts_ascending() -> None:
     assert torch.equal(rows, hidden)
     assert wire.calls[0][1].header.table_version == 7
     assert wire.calls[0][1].header.key == key().key
-    assert dispatcher.num_calls == 2
-    assert dispatcher.sent_bytes == 4 * 5 * 4
+    totals = dispatcher.layers[0]
+    assert (totals.exchanges, totals.calls, totals.resends) == (0, 2, 0)
+    assert (totals.sent_bytes, totals.received_bytes) == (4 * 5 * 4, 0)
+    dispatcher.on_result(0, over_the_wire(answer(wire.calls[0][1])))
+    assert (totals.exchanges, totals.received_bytes) == (0, 2 * 5 * 4)
+    dispatcher.on_result(2, over_the_wire(answer(wire.calls[1][1])))
+    assert (totals.exchanges, totals.received_bytes) == (1, 4 * 5 * 4)
+    assert 0 < totals.seconds < 60
     assert dispatcher.tokens == {0: [1, 0, 1, 2, 0]}
 
 
@@ -197,7 +201,7 @@ def test_repeated_late_and_foreign_answers_are_dropped() -> None:
     result = over_the_wire(answer(call))
     garbage = Frame(result.header, result.meta, (memoryview(bytearray(result.buffers[0].nbytes)),))
     dispatcher.on_result(other, garbage)  # a shard answers a call it was not given
-    stale = Frame(dataclasses.replace(garbage.header, step=9), garbage.meta, garbage.buffers)
+    stale = Frame(garbage.header._replace(step=9), garbage.meta, garbage.buffers)
     dispatcher.on_result(shard, stale)
     assert dispatcher.on_result(shard, result) is None
     dispatcher.on_result(shard, garbage)
@@ -213,7 +217,7 @@ def test_a_lost_copy_is_replaced_by_another() -> None:
     wire.dead.add(0)
     dispatcher.on_lost(0)
     dispatcher.on_lost(0)  # send and recv may both report it
-    assert dispatcher.num_resends == 1
+    assert dispatcher.layers[0].resends == 1
     assert {shard for shard, _ in wire.calls} == {1}
     assert dispatcher.on_result(0, late) is None
     for shard, frame in [*wire.calls, (1, dict(calls)[1])]:  # two calls of one exchange, one shard
@@ -289,7 +293,7 @@ class Interleavings(RuleBasedStateMachine):
         self.unreported: set[int] = set()
         self.connected: dict[int, int] = {}
         self.expected: list[tuple[Exchange, Tensor]] = []
-        self.dispatcher = TokenDispatcher(self.send)
+        self.dispatcher = TokenDispatcher(self.send, data.draw(st.sampled_from(MOVES))())
         if data.draw(st.booleans()):
             self.publish()
 

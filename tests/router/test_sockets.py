@@ -13,6 +13,7 @@ import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import accumulate
 
 import hypothesis.strategies as st
 import pytest
@@ -21,6 +22,7 @@ from hypothesis import given, settings
 
 from router.transport import framing, sockets
 from router.transport.base import Dtype, Frame, FrameKind, Header, Lost, PeerLost, Received
+from router.transport.body_pool import BodyPool
 from router.transport.framing import FrameReader, MalformedFrame, frame_parts
 from router.transport.handshake import Handshake, HandshakeRefused, Identity
 from router.transport.sockets import SocketTransport
@@ -172,6 +174,104 @@ def test_raw_bytes_never_kill_the_listener(
     assert_hung_up(raw)
     assert long_lived.thread.is_alive()
     assert not [item for item in long_lived.items if isinstance(item, Received)]
+
+
+BODIES = st.sampled_from([0, 1, 100, 4_000, 40_000, 140_000])
+
+
+@given(
+    bodies=st.lists(st.tuples(BODIES, BODIES), min_size=1, max_size=4),
+    harm=st.sampled_from(["none", "flip", "cut", "huge"]),
+    data=st.data(),
+    which=st.sampled_from(["unix", "tcp"]),
+)
+@settings(max_examples=120, deadline=None)
+def test_what_a_known_peer_sends_is_right_up_to_the_first_wrong_bit(
+    long_lived: Listener,
+    bodies: list[tuple[int, int]],
+    harm: str,
+    data: st.DataObject,
+    which: str,
+) -> None:
+    frames = [
+        Frame(
+            Header(kind=FrameKind.STEP, step=n),
+            bytes([n]) * meta,
+            (memoryview(os.urandom(size)), memoryview(b"end")),
+        )
+        for n, (meta, size) in enumerate(bodies)
+    ]
+    stream = bytearray().join(map(wire, frames))
+    at = data.draw(st.integers(0, len(stream) - 1))
+    if harm == "flip":
+        stream[at] ^= 1 << data.draw(st.integers(0, 7))
+    elif harm == "cut":
+        del stream[at:]
+    elif harm == "huge":
+        at = 56  # the first length of the first frame
+        stream[at : at + 8] = data.draw(st.integers(1 << 20, 2**64 - 1)).to_bytes(8, "little")
+    ends = list(accumulate(len(wire(frame)) for frame in frames))
+    num_whole = len(frames) if harm == "none" else sum(end <= at for end in ends)
+    long_lived.items.clear()
+    raw = long_lived.dial(which)
+    shake_hands(raw, "fuzz")
+    with suppress(OSError):
+        while stream:
+            count = data.draw(st.sampled_from([1, 57, 5_000, 100_000, 1 << 20]))
+            count = max(count, len(stream) // 20)  # not for ever
+            raw.sendall(stream[:count])
+            del stream[:count]
+        raw.shutdown(socket.SHUT_WR)
+    assert_hung_up(raw)
+    deadline = time.monotonic() + 5
+    while Lost("fuzz") not in long_lived.items:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    received = [item.frame for item in long_lived.items if isinstance(item, Received)]
+    assert num_whole <= len(received) <= len(frames) + 1
+    for got, sent in zip(received[:num_whole], frames, strict=False):
+        assert got == sent
+    assert long_lived.thread.is_alive()
+    long_lived.items.clear()
+
+
+def test_an_announced_gigabyte_costs_nothing_until_it_comes(listener: Listener) -> None:
+    head = bytearray(wire(Frame(Header(kind=FrameKind.STEP), b"", (memoryview(b"x"),))))
+    head[56:64] = ((1 << 30) - 1).to_bytes(8, "little")
+    raws = [listener.dial() for _ in range(3)]
+    before = resident_bytes()
+    for n, raw in enumerate(raws):
+        shake_hands(raw, f"liar-{n}")
+        raw.sendall(head + bytes(200_000))
+    time.sleep(0.3)
+    assert resident_bytes() - before < 100 << 20
+    for raw in raws:
+        raw.close()
+    assert set(listener.wait(3)) == {Lost(f"liar-{n}") for n in range(3)}
+    listener.items.clear()
+    assert_serves(listener)
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_large_bodies_are_used_again_only_when_nobody_holds_them() -> None:
+    pool = BodyPool()
+    first = pool.take(100_000)
+    first[:] = b"a" * 100_000
+    part = first[50:60]
+    second = pool.take(100_000)
+    second[:] = b"b" * 100_000
+    assert bytes(part) == b"a" * 10
+    address = torch.frombuffer(second, dtype=torch.uint8).data_ptr()
+    del second
+    tensor = torch.frombuffer(pool.take(90_000), dtype=torch.uint8)
+    assert tensor.data_ptr() == address
+    for _ in range(9):
+        pool.take(90_000)[:] = b"c" * 90_000
+        assert (tensor != ord("c")).all()
 
 
 def test_it_still_serves_after_all_that(long_lived: Listener) -> None:

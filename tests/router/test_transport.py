@@ -37,7 +37,10 @@ class World:
             transport = LocalTransport(name, self.network)
         else:
             host = "127.0.0.1" if self.flavour == "tcp" else None
-            transport = SocketTransport(name, "secret", tcp_host=host, dial_seconds=5)
+            spin = 0.003 if self.flavour == "spinning" else 0.0
+            transport = SocketTransport(
+                name, "secret", tcp_host=host, dial_seconds=5, spin_seconds=spin
+            )
         self.made.append(transport)
         return transport
 
@@ -75,7 +78,7 @@ class Serving:
         self.thread.join()
 
 
-@pytest.fixture(params=["local", "unix", "tcp"])
+@pytest.fixture(params=["local", "unix", "tcp", "spinning"])
 def world(request: pytest.FixtureRequest) -> Iterator[World]:
     world = World(request.param)
     yield world

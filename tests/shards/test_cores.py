@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from shards.cores import available_cores, default_threads
+from benchmarks.exchange_peer import worker_spec
+from shards.cores import available_cores, default_threads, spin_seconds
+from shards.spec import Role
 
 
 @pytest.mark.parametrize(
@@ -51,3 +54,11 @@ def test_limits_of_all_cgroups_around_a_process_count(
 )
 def test_threads_share_the_cores(kernels: str, cores: int, actors: int, threads: int) -> None:
     assert default_threads(kernels, cores, actors) == threads
+
+
+def test_workers_spin_only_where_each_has_a_core() -> None:
+    group = worker_spec(Role.STAGE, 0, 2).group  # a stage, two shards, a dispatcher
+    assert spin_seconds(group, 3) == 0
+    assert 0 < spin_seconds(group, 4) < 1e-3
+    assert spin_seconds(replace(group, threads=2), 6) == 0
+    assert spin_seconds(replace(group, threads=2), 7) > 0
