@@ -38,7 +38,7 @@ class TokenRows:
         self._call = _Fields()
         self._routed = self._call.routed
         self._address = ctypes.addressof(self._call)
-        self._order: tuple[int, ...] = ()
+        self._order: tuple[int, ...] | None = None
 
     def spread(
         self, hidden: Tensor, expert_ids: Tensor, order: tuple[int, ...], rows: Tensor
