@@ -355,9 +355,9 @@ def test_garbage_from_a_known_peer_costs_only_its_connection(
     with caplog.at_level(logging.WARNING, "conclave.transport"):
         raw.sendall(b"\xff" * 100)
         assert_hung_up(raw)
+        friend.send("listener", Frame(Header(kind=FrameKind.EVENT)))
+        items = listener.wait(2)
     assert "dropped connection of broken" in caplog.text
-    friend.send("listener", Frame(Header(kind=FrameKind.EVENT)))
-    items = listener.wait(2)
     assert items[0] == Lost("broken")
     assert isinstance(items[1], Received)
     friend.close()
