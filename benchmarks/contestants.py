@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,7 @@ class Engine:
         *,
         cold: bool = True,
         logprobs: int | None = None,
+        on_prefilled: Callable[[], None] = lambda: None,
     ) -> Timed:
         """Generate `num_tokens` for each prompt; `cold` forgets every prefix first."""
         if cold:
@@ -98,7 +99,7 @@ class Engine:
                 sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, logprobs=logprobs),
             )
             assert self._core.admit(admit) is None
-        return self._loop(len(prompts))
+        return self._loop(len(prompts), on_prefilled)
 
     def last_gates(self, prompts: Prompts) -> dict[str, torch.Tensor]:
         """By MoE layer, the gate's scores of each prompt's last token: [prompts, E] float32."""
@@ -133,7 +134,7 @@ class Engine:
         self._core.reset(self._epoch)
         self._next_id = 0
 
-    def _loop(self, num_sequences: int) -> Timed:
+    def _loop(self, num_sequences: int, on_prefilled: Callable[[], None]) -> Timed:
         timed, first_tokens = Timed(), 0
         first_id = self._next_id - num_sequences + 1
         timed.times, timed.tokens, timed.logprobs = (
@@ -163,6 +164,7 @@ class Engine:
             first_tokens += sum(token.position == 0 for token in tokens)
             if first_tokens == num_sequences and not timed.prefill:
                 timed.prefill = time.perf_counter() - begin
+                on_prefilled()
         timed.decode = time.perf_counter() - begin - timed.prefill
         return timed
 

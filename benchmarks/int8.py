@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.contestants import Engine, Timed
 from benchmarks.engine import decode_rate, load_line, prompts_of
+from benchmarks.kernel_clock import apart
 from benchmarks.mid_checkpoints import write_checkpoint
 from models.interface import ExpertWeights
 from models.kernels.native import native_kernels
@@ -54,7 +55,7 @@ def cold_experts(width: int, hidden: int, quantization: str) -> list[ExpertWeigh
 
 def print_experts(width: int, hidden: int, all_rows: Sequence[int], seconds: float) -> None:
     """Microseconds of calls of four experts, in turn: medians."""
-    native = native_kernels(torch.bfloat16, torch.device("cpu"))
+    native = native_kernels("experts", torch.bfloat16, torch.device("cpu"))
     assert native is not None, "the PyTorch path has no figures to compare"
     pools = {name: cold_experts(width, hidden, name) for name in ("none", "int8")}
     turns = dict.fromkeys(pools, 0)
@@ -92,7 +93,7 @@ def expert_times() -> Iterator[list[tuple[int, float]]]:
         calls.append((len(rows), time.perf_counter() - begin))
         return out
 
-    with patch.object(ExpertBank, "forward", timed):
+    with apart(), patch.object(ExpertBank, "forward", timed):
         yield calls
 
 
@@ -114,8 +115,9 @@ def print_engines(family: str, batches: Sequence[int], args: argparse.Namespace)
             spent: dict[str, list[float]] = {name: [] for name in engines}
             for _ in range(args.rounds):
                 for name, engine in engines.items():
+                    runs[name].append(engine.run(prompts, args.tokens))
                     with expert_times() as calls:
-                        runs[name].append(engine.run(prompts, args.tokens))
+                        engine.run(prompts, args.tokens)
                     decoding = [s for rows, s in calls if rows == batch * config.top_k]
                     spent[name].append(sum(decoding) / (args.tokens - 1) * 1e3)
             for name, taken in runs.items():

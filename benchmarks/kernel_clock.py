@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
 
@@ -64,6 +64,19 @@ class _TimedLibrary:
 
     def __getitem__(self, name: str) -> _TimedFunction:
         return _TimedFunction(self._library[name], name, self._clock)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """Layers call their kernels one by one: in one call for a mixer or a step none is seen."""
+    with ExitStack() as stack:
+        stack.enter_context(patch("shards.model_runner.FEW_ROWS", 0))
+        for module in ("models.layers.attention_mix", "models.jamba_mixer"):
+            stack.enter_context(patch(f"{module}.native_kernels_together", lambda *_: None))
+        for whole in ("shards.expert_bank.moe_kernels", "shards.expert_bank.routed_kernels",
+                      "models.jamba_layer.routed_kernels"):  # fmt: skip
+            stack.enter_context(patch(whole, lambda *_: None))
+        yield
 
 
 @contextmanager

@@ -34,11 +34,13 @@ class Program:
     def __init__(self) -> None:
         self._kernels = ""
         self._calls: list[int] = []
+        self._waiting: set[int] = set()
         self._kept: list[object] = []
 
     def add(self, kernels: str, symbol: str, structure: int, *kept: object) -> None:
         """A call for later. Until then `kept` lives, and the structure must not change."""
-        assert structure not in self._calls, f"{symbol}: its structure waits already"
+        assert structure not in self._waiting, f"{symbol}: its structure waits already"
+        self._waiting.add(structure)
         self._kernels = kernels
         self._calls += (_address(kernels, symbol), structure)
         self._kept += kept
@@ -50,6 +52,7 @@ class Program:
         calls = (ctypes.c_int64 * (1 + len(self._calls)))(len(self._calls) // 2, *self._calls)
         failed = function(self._kernels, "conclave_run")(ctypes.addressof(calls))
         self._calls, self._kept = [], []
+        self._waiting.clear()
         if failed:
             raise MemoryError("no memory for what lies between two kernels")
 

@@ -15,6 +15,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -94,12 +95,26 @@ def build(variant: Variant) -> Path:
     handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".unfinished")
     os.close(handle)
     try:
-        sources = sorted(map(str, _SOURCES.glob("*.c")))
-        _compile([*command, "-o", unfinished, *sources, "-ldl"])
+        _compile_all(command, unfinished)
         os.replace(unfinished, target)
     finally:
         Path(unfinished).unlink(missing_ok=True)
     return target
+
+
+def _compile_all(command: list[str], target: str) -> None:
+    """Each source by itself, as many at once as there are cores: six seconds on one."""
+    sources = sorted(_SOURCES.glob("*.c"))
+    cores = len(os.sched_getaffinity(0))
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(cores) as pool:
+        objects = [f"{scratch}/{source.stem}.o" for source in sources]
+        commands = [
+            [*command, "-c", str(source), "-o", made]
+            for source, made in zip(sources, objects, strict=True)
+        ]
+        for _ in pool.map(_compile, commands):
+            continue
+        _compile([*command, "-o", target, *objects, "-ldl"])
 
 
 def _compile(command: list[str]) -> None:

@@ -75,7 +75,7 @@ def _tiled_linear(
         missing = _MIN_OUTPUTS - outputs
         wide = F.pad(weight, (0, 0, 0, missing))
         wide_bias = None if bias is None else F.pad(bias, (0, missing))
-        return _tiled_linear(x, wide, wide_bias)[:, :outputs]
+        return _tiled_linear(x, wide, wide_bias)[:, :outputs].contiguous()
     x = x.contiguous()
     if rows <= tile:
         return F.linear(x, weight, bias)

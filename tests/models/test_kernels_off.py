@@ -50,6 +50,17 @@ def test_a_model_without_one_kernel(model: Path, kernel: str) -> None:
 
 
 @needs_kernels
+@pytest.mark.parametrize("experts", [2, 3])
+@pytest.mark.parametrize("kernel", ["linear", "gate", "experts"])
+def test_fewer_experts_than_a_product_has_columns(
+    kernel: str, experts: int, tmp_path: Path
+) -> None:
+    folder = tiny("phimoe", tmp_path, num_local_experts=experts)
+    use_kernels(f"native,-{kernel}")
+    assert_all_ways(folder, reference(folder, TOKENS), TOKENS)
+
+
+@needs_kernels
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_model_with_only_one_kernel(model: Path, kernel: str) -> None:
     others = [f",-{other}" for other in KERNELS if other != kernel]

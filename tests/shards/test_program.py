@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -68,3 +70,41 @@ def test_a_structure_waits_once() -> None:
     program.add("avx2", "conclave_run", 64)
     with pytest.raises(AssertionError, match="waits already"):
         program.add("avx2", "conclave_run", 64)
+
+
+class Rows:
+    """Something that lies in memory."""
+
+
+@needs_kernels
+def test_what_a_call_reads_lives_until_it_has_run() -> None:
+    """Rows, batch and angles belong to nobody else once a layer has returned."""
+    kept: list[weakref.ref[Rows]] = []
+    program = Program()
+    for structure in (64, 128):
+        rows = Rows()
+        program.add("avx2", "conclave_run", structure, rows)
+        kept.append(weakref.ref(rows))
+        del rows
+    assert all(ref() is not None for ref in kept)
+
+
+@needs_kernels
+def test_what_waits_is_not_overwritten(folder: Path) -> None:
+    """Memory that a layer gives back is filled with NaN at once."""
+    use_kernels("native")
+    expected, _ = answers(folder, torch.float32, 0)
+    add = Program.add
+
+    def add_and_disturb(self: Program, *arguments: Any) -> None:
+        add(self, *arguments)
+        rows = [kept for kept in arguments[3:] if isinstance(kept, torch.Tensor)]
+        shapes = {(tensor.shape, tensor.dtype) for tensor in rows}
+        del rows
+        for shape, dtype in list(shapes) * 8:
+            torch.full(shape, float("nan"), dtype=dtype)
+
+    limits = limits_for(folder, max_num_batched_tokens=40)
+    admits = [greedy(i, prompt, 12) for i, prompt in enumerate(PROMPTS)]
+    with patch.object(Program, "add", add_and_disturb):
+        assert generate(local(folder, limits, torch.float32), limits, admits)[0] == expected
