@@ -10,12 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.kernels.greedy import greatest_or_none
-from tests.models.test_native_attention import VARIANTS
+from tests.models.built import VARIANTS, needs_kernels
 from tests.models.test_native_rows import dtypes, randn, same_threads, seeds
 
 __all__ = ["same_threads"]
 
 
+@needs_kernels
 @settings(max_examples=80, deadline=None, derandomize=True)
 @given(
     st.sampled_from(VARIANTS),
