@@ -16,6 +16,7 @@ from deploy.admission import Admission
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
+from deploy.dispatch_costs import dispatch_costs
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
 from deploy.model_facts import ModelFacts
@@ -130,6 +131,7 @@ class ApiService:
             "actors": [asdict(worker) for worker in self._client.workers()],
             "load": asdict(self._client.load),
             "kv_cache": self._client.cache_summary,
+            "dispatch": dispatch_costs(self._client.layer_totals),
         }
 
     def version(self) -> Json:

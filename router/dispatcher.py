@@ -9,19 +9,19 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 from router.exchange import Exchange, Key
 from router.expert_call import call_sequence, expert_call
+from router.layer_totals import LayerTotals
 from router.permutation import RowMoves, TorchRows
 from router.placement import RoutingTable
 from router.row_pool import RowPool
 from router.transport.base import Frame, Header, PeerLost
 
-__all__ = ["Exchange", "LayerTotals", "TokenDispatcher", "split_load"]
+__all__ = ["Exchange", "TokenDispatcher", "split_load"]
 
 
 def split_load(
@@ -58,18 +58,6 @@ class _Call(NamedTuple):
     experts: tuple[int, ...]
 
 
-@dataclass(slots=True)
-class LayerTotals:
-    """What the exchanges of one layer have cost so far; `seconds` from `submit` to the last row."""
-
-    exchanges: int = 0
-    calls: int = 0
-    resends: int = 0
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    seconds: float = 0.0
-
-
 class TokenDispatcher:
     """Sends each token to a live copy of its experts and gathers the answers.
 
@@ -81,8 +69,6 @@ class TokenDispatcher:
     def __init__(self, send: Callable[[int, Frame], None], moves: RowMoves | None = None) -> None:
         self.table: RoutingTable | None = None
         self.layers: dict[int, LayerTotals] = {}
-        self.tokens: dict[int, list[int]] = {}
-        """Per layer, how many tokens each logical expert got."""
         self.oldest_epoch = 0
         self._send = send
         self._sequence = 0
@@ -130,7 +116,7 @@ class TokenDispatcher:
             key, hidden, expert_ids, weights, self._order_of(expert_ids), self._moves, self._pool
         )
         counts = exchange.counts
-        self._count_tokens(key.layer, counts)
+        self.layers.setdefault(key.layer, LayerTotals()).count_tokens(counts)
         used = tuple(expert for expert, count in enumerate(counts) if count)
         if used:
             self._exchanges[exchange_key] = exchange
@@ -206,14 +192,6 @@ class TokenDispatcher:
         """The table or who lives has changed."""
         self._copies.clear()
         self._order = ()
-
-    def _count_tokens(self, layer: int, counts: Sequence[int]) -> None:
-        seen = self.tokens.setdefault(layer, [])
-        if len(seen) < len(counts):
-            self.layers.setdefault(layer, LayerTotals())
-            seen += [0] * (len(counts) - len(seen))
-        for expert, count in enumerate(counts):
-            seen[expert] += count
 
     def _holders(self, expert: int) -> list[int]:
         """Live shards with a copy of `expert`, the preferred one first."""

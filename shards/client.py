@@ -10,6 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from router.layer_totals import LayerTotals
 from router.step import NOTHING, EngineLoad, SamplingParams, Token, Want
 
 
@@ -122,6 +123,10 @@ class ModelClient(Protocol):
     @property
     def cache_summary(self) -> str:
         """How much the caches hold, and what decided it."""
+
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """What dispatching has cost, by MoE layer; empty where experts are in the engine."""
 
     def generate(
         self,

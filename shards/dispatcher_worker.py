@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from router.codec import encode
 from router.dispatcher import Exchange, TokenDispatcher
+from router.layer_totals import LayerTotals
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.moe_wire import MoeShape, moe_result, read_moe_call
@@ -24,8 +25,13 @@ class DispatcherWorker(Worker):
 
     @property
     def dispatcher(self) -> TokenDispatcher:
-        """The routing core, for its counters."""
+        """The routing core."""
         return self._links.dispatcher
+
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """Nothing with `--dispatch direct`."""
+        return self.dispatcher.layers
 
     def on_frame(self, peer: str, frame: Frame) -> None:
         """MoE calls from stages, results from experts, table requests from stages."""

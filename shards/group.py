@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 
 from router.codec import CodecError, decode, encode, read_with_rows
+from router.layer_totals import LayerTotals
 from router.step import NOTHING, Admit, EngineLoad, SamplingParams, TokenBatch, Want
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
 from shards.actions import Action, BeginEpoch, Dial, Discard, GiveUp, Mourn, Spawn, Suspend, Tell
@@ -107,6 +108,11 @@ class ModelGroup:
     def cache_summary(self) -> str:
         """How much the caches hold, and what decided it; empty before that is known."""
         return str(self._supervisor.caches or "")
+
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """What dispatching has cost, by layer, as of the workers' last signs of life."""
+        return self._pulse.layer_totals
 
     def workers(self) -> tuple[WorkerStatus, ...]:
         """The actor map."""

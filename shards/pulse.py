@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from router.layer_totals import LayerTotals
 from shards.spec import Deadlines
 
 BEATS_PER_DEADLINE = 3
@@ -13,12 +14,14 @@ _PAUSES_PER_DEADLINE = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beat:
-    """Worker to ingress: turns of its data loop so far.
+    """Worker to ingress: turns of its data loop so far, and what it has counted.
 
     A loop that waits for events is turned by its worker's own pulse, long before the step deadline.
     """
 
     turns: int
+    layers: dict[int, LayerTotals] = field(default_factory=dict)
+    """Of the MoE exchanges that the worker itself dispatches."""
 
 
 @dataclass(slots=True)

@@ -26,17 +26,17 @@ def pulse_name(peer: str) -> str:
 
 
 class PulseSender:
-    """Sends the turns of a data loop to the ingress, whatever that loop is busy with.
+    """Sends a data loop's turns and counters to the ingress, whatever that loop is busy with.
 
     A loop that has not turned for a while is woken: if it only waits for an event, it turns then.
     `data` is the loop's transport; the pulse can be heard wherever that can be dialled.
     """
 
-    def __init__(self, spec: WorkerSpec, data: Transport, turns: Callable[[], int]) -> None:
+    def __init__(self, spec: WorkerSpec, data: Transport, beat: Callable[[], Beat]) -> None:
         deadlines = spec.group.deadlines
         self._interval = deadlines.hang_s / BEATS_PER_DEADLINE
         self._nudge_s = deadlines.step_s / _NUDGES_PER_DEADLINE
-        self._turns = turns
+        self._make_beat = beat
         self._data = data
         self._seen = (-1, 0.0)
         """Turns, and when they were first so many."""
@@ -82,13 +82,13 @@ class PulseSender:
                 log.info("nobody listens to the pulse any more")
 
     def _beat(self) -> None:
-        turns, now = self._turns(), time.monotonic()
-        if turns != self._seen[0]:
-            self._seen = (turns, now)
+        beat, now = self._make_beat(), time.monotonic()
+        if beat.turns != self._seen[0]:
+            self._seen = (beat.turns, now)
         elif now - self._seen[1] >= self._nudge_s:
-            self._seen = (turns, now)
+            self._seen = (beat.turns, now)
             self._data.wake()
-        frame = Frame(Header(kind=FrameKind.EVENT), encode(Beat(turns=turns)))
+        frame = Frame(Header(kind=FrameKind.EVENT), encode(beat))
         try:
             self._transport.send(pulse_name(INGRESS), frame)
         except PeerLost:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from router.codec import CodecError, decode
+from router.layer_totals import LayerTotals, sum_by_layer
 from router.transport.base import Lost, PeerLost, Received
 from router.transport.sockets import SocketTransport
 from shards.control import INGRESS, Started
@@ -49,6 +50,8 @@ class PulseWatch:
         self._watched: dict[str, _Watched] = {}
         self._to_dial: dict[str, float] = {}
         """Workers that are not connected, and when to dial next."""
+        self._counted: dict[str, dict[int, LayerTotals]] = {}
+        """What each worker's present incarnation said last."""
         self._orders: list[Callable[[], None]] = []
         self._orders_lock = threading.Lock()
         self._ended = threading.Event()
@@ -74,6 +77,11 @@ class PulseWatch:
         """It is dead already. Thread-safe."""
         self._order(lambda: self._forget(spec))
 
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """What the MoE exchanges of all workers have cost since these started. Thread-safe."""
+        return sum_by_layer(list(self._counted.values()))
+
     def _order(self, order: Callable[[], None]) -> None:
         with self._orders_lock:
             self._orders.append(order)
@@ -91,6 +99,7 @@ class PulseWatch:
 
     def _drop(self, peer: str) -> None:
         del self._watched[peer]
+        self._counted.pop(peer, None)
         self._to_dial.pop(peer, None)
         self._judge.forget(peer)
 
@@ -135,6 +144,8 @@ class PulseWatch:
                 log.warning("%s sent no pulse: %s", event.peer, error)
                 return
             self._judge.on_beat(peer, beat, time.monotonic())
+            if peer in self._watched:
+                self._counted[peer] = beat.layers
         elif peer in self._watched:
             self._to_dial[peer] = time.monotonic() + self._look_s
 

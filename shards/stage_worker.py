@@ -10,6 +10,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from router.codec import decode, frame_with_rows, read_rows_buffer, rows_buffer
+from router.layer_totals import LayerTotals
 from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.step import StepPlan, StepResult
@@ -57,6 +58,11 @@ class StageWorker(Worker):
         if self.spec.group.dispatch == "direct":
             return DirectBackend(self._links, self.spec.index, self._advance_step)
         return self._actor
+
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """Of its own dispatcher, which has nothing to do with `--dispatch actor`."""
+        return self._links.dispatcher.layers
 
     def advance(self) -> None:
         """Run the oldest waiting plan, or wait for an event."""

@@ -7,6 +7,7 @@ import os
 from typing import Protocol
 
 from router.codec import decode, encode
+from router.layer_totals import LayerTotals
 from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
@@ -16,6 +17,7 @@ from shards.load_progress import LoadProgress, OnRead, Report
 from shards.memory import free_bytes
 from shards.memory_policy import loading
 from shards.process_birth import birth_of
+from shards.pulse import Beat
 from shards.pulse_sender import PulseSender
 from shards.spec import Role, WorkerSpec
 
@@ -54,7 +56,7 @@ class Worker:
         self.stopping = False
         self.bytes_read = 0
         self._turns = 0
-        self.pulse = PulseSender(spec, transport, lambda: self._turns)
+        self.pulse = PulseSender(spec, transport, self._beat)
 
     def run(self) -> None:
         """Handle events until shutdown or until the ingress, which owns this worker, is gone."""
@@ -113,6 +115,15 @@ class Worker:
             self.transport.send(INGRESS, Frame(Header(kind=FrameKind.EVENT), encode(event)))
         except PeerLost:
             self.stopping = True
+
+    def _beat(self) -> Beat:
+        """Called by the pulse's thread, while the data loop counts on."""
+        return Beat(turns=self._turns, layers=self.layer_totals)
+
+    @property
+    def layer_totals(self) -> dict[int, LayerTotals]:
+        """What the MoE exchanges that this worker dispatches have cost, by layer."""
+        return {}
 
     def on_unreachable(self, peer: str) -> None:
         """The connection to an expert worker broke or cannot be made; that worker may live."""

@@ -21,6 +21,7 @@ from deploy.model_facts import ModelFacts
 from deploy.resolve import resolve
 from deploy.served_model import ServedModel, load_served_model
 from deploy.service import ApiService
+from router.layer_totals import LayerTotals
 from router.step import NO_TOKEN, NOTHING, EngineLoad, FinishReason, SamplingParams, Token, Want
 from shards.client import GroupState, GroupUnavailable, Trouble, WorkerStatus
 from tests.groups import running_group
@@ -92,6 +93,7 @@ class ScriptedClient:
     load: EngineLoad = field(default_factory=EngineLoad)
     routing_table_version: int = 3
     cache_summary: str = "the KV cache holds 64 tokens"
+    layer_totals: dict[int, LayerTotals] = field(default_factory=dict)
     streams: list[ScriptedStream] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
     _ids: itertools.count[int] = field(default_factory=itertools.count)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from router.layer_totals import LayerTotals
 from shards.client import (
     GroupFailed,
     GroupState,
@@ -196,6 +197,23 @@ async def test_models_experts_version_health(make_api: MakeApi) -> None:
         assert experts["replica_id"] == "r1"
         assert experts["routing_table_version"] == 3
         assert experts["actors"][0]["experts"] == [1, 3]
+        assert experts["dispatch"] == []
+        api.client.layer_totals[2] = LayerTotals(
+            exchanges=4, calls=8, sent_bytes=100, received_bytes=60, seconds=0.001, tokens=[3, 1]
+        )
+        (layer,) = (await client.get("/v1/experts")).json()["dispatch"]
+        assert layer == {
+            "layer": 2,
+            "exchanges": 4,
+            "calls": 8,
+            "resends": 0,
+            "sent_bytes": 100,
+            "received_bytes": 60,
+            "seconds": 0.001,
+            "tokens": [3, 1],
+            "mean_microseconds": 250.0,
+            "mean_bytes": 40,
+        }
         assert (await client.get("/version")).status_code == 200
         for state, health, ready in (
             (GroupState.READY, 200, 200),

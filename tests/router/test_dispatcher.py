@@ -192,7 +192,7 @@ def test_one_call_per_shard_with_its_experts_ascending() -> None:
     dispatcher.on_result(2, over_the_wire(answer(wire.calls[1][1])))
     assert (totals.exchanges, totals.received_bytes) == (1, 4 * 5 * 4)
     assert 0 < totals.seconds < 60
-    assert dispatcher.tokens == {0: [1, 0, 1, 2, 0]}
+    assert dispatcher.layers[0].tokens == [1, 0, 1, 2, 0]
 
 
 def test_repeated_late_and_foreign_answers_are_dropped() -> None:
