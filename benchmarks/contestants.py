@@ -137,9 +137,9 @@ class Engine:
     def _loop(self, num_sequences: int, on_prefilled: Callable[[], None]) -> Timed:
         timed, first_tokens = Timed(), 0
         first_id = self._next_id - num_sequences + 1
-        timed.times, timed.tokens, timed.logprobs = (
-            [[] for _ in range(num_sequences)] for _ in range(3)
-        )
+        timed.times = [[] for _ in range(num_sequences)]
+        timed.tokens = [[] for _ in range(num_sequences)]
+        timed.logprobs = [[] for _ in range(num_sequences)]
         begin = time.perf_counter()
         while self._core.has_work:
             planning = time.perf_counter()

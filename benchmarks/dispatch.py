@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,13 +24,13 @@ from typing import Any
 
 import torch
 
-from benchmarks.exchanges import bare, conclave, measure, ray_actors
+from benchmarks.exchanges import Exchange, bare, conclave, measure, ray_actors
 from benchmarks.layouts import compare, layouts
 from shards.cores import available_cores
 
 SIZES_KB = (8, 64, 512)
 FAN_OUTS = (1, 4)
-MAKERS = {
+MAKERS: dict[str, Callable[[int, int], AbstractContextManager[Exchange]]] = {
     "bare": bare,
     "direct": partial(conclave, "direct"),
     "actor": partial(conclave, "actor"),

@@ -77,7 +77,7 @@ def measure(exchange: Exchange, seconds: float) -> Timing:
 
 
 def _repeat(exchange: Exchange, seconds: float) -> list[float]:
-    times = []
+    times: list[float] = []
     until = time.perf_counter() + seconds
     while (begin := time.perf_counter()) < until or len(times) < 20:
         exchange()
@@ -129,9 +129,11 @@ def conclave(dispatch: str, fan_out: int, num_bytes: int) -> Iterator[Exchange]:
     transport = SocketTransport(
         f"{Role.STAGE}-0", SECRET, spin_seconds=spin(fan_out, dispatcher=dispatch == "actor")
     )
+    placement = worker_spec(Role.STAGE, 0, fan_out).group.placement
+    assert placement is not None
     table = RoutingTable(
         version=1,
-        placement=worker_spec(Role.STAGE, 0, fan_out).group.placement,
+        placement=placement,
         addresses=tuple(
             ShardAddress(
                 shard=i, incarnation=0, address=peers.start("expert", i, fan_out, dispatch)
@@ -139,7 +141,7 @@ def conclave(dispatch: str, fan_out: int, num_bytes: int) -> Iterator[Exchange]:
             for i in range(fan_out)
         ),
     )
-    links = ExpertLinks(transport)
+    links = ExpertLinks(transport, _lost)
 
     def advance() -> None:
         received = transport.recv(None)
@@ -166,6 +168,10 @@ def conclave(dispatch: str, fan_out: int, num_bytes: int) -> Iterator[Exchange]:
     finally:
         transport.close()
         peers.close()
+
+
+def _lost(peer: str) -> None:
+    raise ConnectionError(f"{peer} is gone")
 
 
 def _exchange(backend: ActorBackend | DirectBackend, fan_out: int, num_tokens: int) -> Exchange:

@@ -26,7 +26,6 @@ from shards.client import (
 from shards.control import Started, WorkerEvent
 from shards.journal import JournalEntry
 from shards.launcher import Launcher
-from shards.launcher import WorkerEvents as WorkerEvents
 from shards.live_sequences import LiveSequences, Messages
 from shards.outputs import Outputs
 from shards.patience import Patience

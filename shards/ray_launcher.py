@@ -14,7 +14,7 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from shards.actors import DispatcherActor, EngineActor, ExpertActor, StageActor
 from shards.control import Started
 from shards.cores import num_compute_actors
-from shards.group import WorkerEvents
+from shards.launcher import WorkerEvents
 from shards.ray_actors import ActorPlaces, in_background, kill
 from shards.ray_spares import RaySpares
 from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs

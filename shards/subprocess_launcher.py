@@ -14,7 +14,7 @@ from typing import IO
 
 from router.codec import decode, encode
 from shards.control import Started
-from shards.group import WorkerEvents
+from shards.launcher import WorkerEvents
 from shards.spares import Spares
 from shards.spec import GroupSpec, WorkerSpec
 

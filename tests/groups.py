@@ -19,7 +19,8 @@ from router.transport.base import Transport
 from router.transport.sockets import SocketTransport
 from shards.client import GroupState
 from shards.control import INGRESS
-from shards.group import ModelGroup, WorkerEvents
+from shards.group import ModelGroup
+from shards.launcher import WorkerEvents
 from shards.spec import WorkerSpec
 from shards.subprocess_launcher import SubprocessLauncher
 from shards.worker import RunsForever, announce, make_worker

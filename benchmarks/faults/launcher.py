@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.faults.wire import Wire
 from shards.control import Started
-from shards.group import Launcher, WorkerEvents
+from shards.launcher import Launcher, WorkerEvents
 from shards.spec import WorkerSpec
 
 
