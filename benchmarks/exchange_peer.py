@@ -32,6 +32,9 @@ SECRET = "benchmark"
 class EchoExperts:
     """Experts that give their rows back."""
 
+    def check(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> None:
+        """All are welcome."""
+
     def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
         """The rows."""
         return rows

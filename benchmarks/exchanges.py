@@ -141,7 +141,7 @@ def conclave(dispatch: str, fan_out: int, num_bytes: int) -> Iterator[Exchange]:
             for i in range(fan_out)
         ),
     )
-    links = ExpertLinks(transport, _lost)
+    links = ExpertLinks(transport, _lost, patience=30.0)
 
     def advance() -> None:
         received = transport.recv(None)

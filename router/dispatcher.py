@@ -132,7 +132,8 @@ class TokenDispatcher:
         call = self._calls.get(sequence)
         if call is None or call.shard != shard or call.exchange.key != frame.header.key:
             return None
-        exchange, buffer = call.exchange, frame.buffers[0]
+        (buffer,) = frame.buffers
+        exchange = call.exchange
         exchange.answer(call.experts, buffer)
         totals = self.layers[exchange.header.layer]
         totals.received_bytes += buffer.nbytes

@@ -41,6 +41,8 @@ def read_expert_call(frame: Frame) -> tuple[list[tuple[int, int]], Tensor]:
     Raises ValueError when the buffers do not fit together.
     """
     pairs_buffer, rows_buffer = frame.buffers
+    if pairs_buffer.nbytes % _PAIR.size:
+        raise ValueError(f"expert call with {pairs_buffer.nbytes} bytes of pairs: not whole pairs")
     dtype = torch_dtype(frame.header.dtype)
     pairs = list(_PAIR.iter_unpack(pairs_buffer))
     num_rows = 0
@@ -71,6 +73,11 @@ def expert_result(frame: Frame, rows: Tensor) -> Frame:
 
 
 def call_sequence(frame: Frame) -> int:
-    """Which call of the dispatcher an EXPERT_CALL or EXPERT_RESULT belongs to."""
+    """Which call of the dispatcher an EXPERT_CALL or EXPERT_RESULT belongs to.
+
+    Raises ValueError when the frame does not say.
+    """
+    if len(frame.meta) != _SEQUENCE.size:
+        raise ValueError(f"sequence number of {len(frame.meta)} bytes: allowed {_SEQUENCE.size}")
     sequence: int = _SEQUENCE.unpack(frame.meta)[0]
     return sequence

@@ -51,6 +51,8 @@ class RowMoves(Protocol):
 
 def count_rows(expert_ids: Tensor, num_experts: int) -> list[int]:
     """Rows of each expert in `expert_ids` [T, k]. Raises ValueError for an unknown id."""
+    if expert_ids.numel() and int(expert_ids.min()) < 0:
+        raise ValueError(f"expert id {int(expert_ids.min())}: allowed 0..{num_experts - 1}")
     counts: list[int] = torch.bincount(expert_ids.reshape(-1), minlength=num_experts).tolist()
     if len(counts) > num_experts:
         raise ValueError(f"expert id {len(counts) - 1}: allowed 0..{num_experts - 1}")

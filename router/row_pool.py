@@ -9,7 +9,9 @@ from torch import Tensor
 
 from router.transport.tensors import tensor_buffer
 
-_SPARE = 4
+KEPT_BYTES = 128 << 20
+"""Of rows that nobody uses: what two micro-batches of a prefill of the largest models take."""
+_MOST_KEPT = 4
 
 
 class Rows(NamedTuple):
@@ -42,7 +44,8 @@ class RowPool:
         return Rows(tensor, tensor_buffer(tensor), width * dtype.itemsize, kind)
 
     def give_back(self, rows: Rows) -> None:
-        """Nobody reads or writes these rows any more."""
-        if len(self._spare) == _SPARE:
-            del self._spare[0]
+        """Nobody reads or writes these rows any more; the longest unused ones make room."""
         self._spare.append(rows)
+        kept = sum(spare.view.nbytes for spare in self._spare)
+        while kept > KEPT_BYTES or len(self._spare) > _MOST_KEPT:
+            kept -= self._spare.pop(0).view.nbytes

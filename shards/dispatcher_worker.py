@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 from router.codec import encode
 from router.dispatcher import Exchange, TokenDispatcher
 from router.layer_totals import LayerTotals
@@ -12,6 +14,8 @@ from shards.remote_experts import ExpertLinks
 from shards.spec import Role, WorkerSpec
 from shards.worker import Worker
 
+log = logging.getLogger("conclave.dispatcher")
+
 
 class DispatcherWorker(Worker):
     """With `--dispatch actor` every MoE exchange passes here; with `direct` only tables do."""
@@ -19,7 +23,9 @@ class DispatcherWorker(Worker):
     def __init__(self, spec: WorkerSpec, transport: Transport, shape: MoeShape) -> None:
         super().__init__(spec, transport)
         self._shape = shape
-        self._links = ExpertLinks(transport, self.on_unreachable)
+        self._links = ExpertLinks(
+            transport, self.on_unreachable, patience=spec.group.deadlines.hang_s
+        )
         self._open: dict[tuple[int, ...], tuple[str, Exchange]] = {}
         self._table: RoutingTable | None = None
 
@@ -78,12 +84,14 @@ class DispatcherWorker(Worker):
     def _publish(self, stage: str) -> None:
         if self._table is None:
             return
-        header = Header(kind=FrameKind.TABLE, table_version=self._table.version)
+        # A stage must not send calls of an epoch that is over to those who are new in the table.
+        epoch, version = self.dispatcher.oldest_epoch, self._table.version
+        header = Header(kind=FrameKind.TABLE, epoch=epoch, table_version=version)
         try:
             self.transport.send(stage, Frame(header, encode(self._table)))
         except PeerLost:
             # A stage asks for the table itself once it has dialled this worker.
-            self.on_lost(stage)
+            log.info("%s: %s is not there", self.spec.peer, stage)
 
     def _answer(self, key: tuple[int, ...]) -> None:
         """Send the combined rows of a finished exchange back to its stage."""
@@ -94,7 +102,7 @@ class DispatcherWorker(Worker):
         try:
             self.transport.send(peer, moe_result(exchange.header, exchange.result()))
         except PeerLost:
-            self.on_lost(peer)
+            log.info("%s: %s does not wait any more", self.spec.peer, peer)
 
 
 def make_dispatcher_worker(spec: WorkerSpec, transport: Transport) -> DispatcherWorker:

@@ -42,6 +42,14 @@ class ExpertBank:
         )
         return sum(part.nbytes for expert in parts for part in expert if part is not None)
 
+    def check(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> None:
+        """Raises ValueError for experts that are not held here or rows of another width."""
+        for expert, _ in pairs:
+            if (layer_idx, expert) not in self._weights:
+                raise ValueError(f"expert {expert} of layer {layer_idx}: held {self.experts}")
+        if rows.shape[1] != self.hidden_size:
+            raise ValueError(f"rows of width {rows.shape[1]}: allowed {self.hidden_size}")
+
     def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
         """Unweighted outputs [n, D] of `rows` [n, D], in their order.
 

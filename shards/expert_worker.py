@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Sequence
 from typing import Protocol
@@ -15,12 +16,17 @@ from shards.load_progress import OnRead
 from shards.spec import WorkerSpec
 from shards.worker import Worker
 
+log = logging.getLogger("conclave.expert")
+
 MOST_TOGETHER = 16
 """Calls that are computed in one pass at most."""
 
 
 class ComputesRows(Protocol):
     """Experts of several layers; a row's bits are its own, whatever is computed with it."""
+
+    def check(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> None:
+        """Raises ValueError for experts or rows that this bank cannot compute."""
 
     def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
         """Outputs [n, D] of `rows` [n, D], which belong to the experts of `pairs` in turn."""
@@ -43,7 +49,7 @@ class ExpertWorker(Worker):
         if _work(event) is None:
             self.handle(event)
             return
-        while len(self._waiting) < MOST_TOGETHER:
+        while len(self._waiting) < MOST_TOGETHER - 1:
             later = self.transport.recv(0)
             if later is None:
                 break
@@ -54,13 +60,25 @@ class ExpertWorker(Worker):
 
     def _answer(self, calls: Sequence[Received]) -> None:
         layer_idx = calls[0].frame.header.layer
-        work = [read_expert_call(call.frame) for call in calls]
-        for call, outputs in zip(calls, compute_together(self._bank, layer_idx, work), strict=True):
+        sound: list[Received] = []
+        work: list[tuple[list[tuple[int, int]], Tensor]] = []
+        for call in calls:
+            try:
+                pairs, rows = read_expert_call(call.frame)
+                self._bank.check(layer_idx, pairs, rows)
+            except ValueError as error:
+                self.refuse(call.peer, error)
+            else:
+                sound.append(call)
+                work.append((pairs, rows))
+        if not sound:
+            return
+        for call, outputs in zip(sound, compute_together(self._bank, layer_idx, work), strict=True):
             try:
                 self.transport.send(call.peer, expert_result(call.frame, outputs))
             except PeerLost:
                 # Whoever asked is gone, and with it the need for an answer.
-                self.on_lost(call.peer)
+                log.info("%s: %s does not wait any more", self.spec.peer, call.peer)
 
 
 def _work(event: Received | Lost | None) -> tuple[int, int] | None:

@@ -29,7 +29,10 @@ def moe_call(key: Header, hidden: Tensor, routing: Routing) -> Frame:
 
 
 def read_moe_call(frame: Frame, shape: MoeShape) -> tuple[Tensor, Tensor, Tensor]:
-    """The [T, D] hidden rows, [T, k] int64 expert ids and [T, k] weights of a call."""
+    """The [T, D] hidden rows, [T, k] int64 expert ids and [T, k] weights of a call.
+
+    Raises ValueError when the buffers do not fit together.
+    """
     dtype = torch_dtype(frame.header.dtype)
     expert_ids, hidden, weights = frame.buffers
     rows = read_rows(hidden, dtype, shape.hidden_size)
@@ -48,8 +51,9 @@ def moe_result(key: Header, combined: Tensor) -> Frame:
 
 
 def read_moe_result(frame: Frame, shape: MoeShape) -> Tensor:
-    """The [T, D] rows of an answer."""
-    return read_rows(frame.buffers[0], torch_dtype(frame.header.dtype), shape.hidden_size)
+    """The [T, D] rows of an answer. Raises ValueError when they are not there."""
+    (rows,) = frame.buffers
+    return read_rows(rows, torch_dtype(frame.header.dtype), shape.hidden_size)
 
 
 def read_rows(buffer: memoryview, dtype: torch.dtype, hidden_size: int) -> Tensor:

@@ -43,8 +43,12 @@ class ExpertLinks:
     `unreachable` is told of listed shards without a connection; the next table dials them again.
     """
 
-    def __init__(self, transport: Transport, unreachable: Callable[[str], None]) -> None:
+    def __init__(
+        self, transport: Transport, unreachable: Callable[[str], None], patience: float
+    ) -> None:
+        """`patience` (seconds): a shard that does not answer must not hold up all the others."""
         self._transport = transport
+        self._patience = patience
         self._unreachable = unreachable
         self._connected: dict[int, int] = {}
         self.dispatcher = TokenDispatcher(self._send, FastestRows())
@@ -58,7 +62,7 @@ class ExpertLinks:
             if self._connected.get(entry.shard) == entry.incarnation:
                 continue
             try:
-                self._transport.connect(_peer(entry.shard), entry.address)
+                self._transport.connect(_peer(entry.shard), entry.address, self._patience)
             except PeerLost:
                 # Sending to it will fail and resend; the next table has its successor.
                 self._unreachable(f"{Role.EXPERT}-{entry.shard}")

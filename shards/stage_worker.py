@@ -46,7 +46,9 @@ class StageWorker(Worker):
         self._newest_epoch = 0
         self._lost_epoch = 0
         self._shape = shape
-        self._links = ExpertLinks(transport, self.on_unreachable)
+        self._links = ExpertLinks(
+            transport, self.on_unreachable, patience=spec.group.deadlines.hang_s
+        )
         self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
         is_last = spec.index == len(spec.group.stage_layers) - 1
         self._previous = f"{Role.STAGE}-{spec.index - 1}" if spec.index else f"{Role.ENGINE}-0"
@@ -82,7 +84,10 @@ class StageWorker(Worker):
             case FrameKind.EXPERT_RESULT:
                 self._links.on_result(peer, frame)
             case FrameKind.TABLE:
-                self._links.set_table(decode(RoutingTable, frame.meta))
+                table = decode(RoutingTable, frame.meta)
+                self.on_coming_epoch(frame.header.epoch)
+                self._links.dispatcher.drop_before(self._newest_epoch)
+                self._links.set_table(table)
             case _:
                 super().on_frame(peer, frame)
 

@@ -15,13 +15,12 @@ from shards.cache_budget import CachePlan, plan_caches
 from shards.client import GroupState, Trouble, WorkerStatus
 from shards.control import Control, PeerAddress, Started
 from shards.member import MAX_FAILURES, Member
+from shards.relinks import Relinks
 from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
 from shards.wiring import dialled_by
 
 MAX_LOST_STEPS = 8
 LOST_STEPS_WINDOW_S = 60.0
-RELINK_S = 0.05
-"""After a broken connection; who is at its end has mostly died, and that is known by then."""
 
 
 class Supervisor:
@@ -32,7 +31,7 @@ class Supervisor:
         self._placement = spec.placement
         self._members = {s.peer: Member(s) for s in worker_specs(spec)}
         self._lost_steps: deque[float] = deque()
-        self._relink_at: float | None = None
+        self._relinks = Relinks()
         self._epoch = 0
         self._epoch_open = False
         self._caches_lost = True
@@ -95,7 +94,7 @@ class Supervisor:
         """Somebody's connection to an expert worker broke: if it lives, a new table mends it."""
         member = self._members.get(peer)
         if member is not None and member.started is not None and member.spec.role is Role.EXPERT:
-            self._relink_at = self._relink_at or now + RELINK_S
+            self._relinks.on_broken(now)
 
     def new_epoch(self) -> list[Action]:
         """End this epoch, in which nobody died, and begin another."""
@@ -142,17 +141,14 @@ class Supervisor:
     def due(self) -> float | None:
         """When `on_time` has something to do."""
         turns = [m.spawn_at for m in self._members.values() if m.spawn_at is not None]
-        turns += [] if self._relink_at is None else [self._relink_at]
+        turns += [] if self._relinks.due is None else [self._relinks.due]
         return min(turns, default=None)
 
     def on_time(self, now: float) -> list[Action]:
         """Start the successors whose turn has come; have broken connections made again."""
         if self._is_over:
             return []
-        relinks: list[Action] = []
-        if self._relink_at is not None and self._relink_at <= now:
-            self._relink_at = None
-            relinks = self._publish()
+        relinks = self._publish() if self._relinks.take(now) else []
         turn = [m for m in self._members.values() if m.spawn_at is not None and m.spawn_at <= now]
         for member in turn:
             member.spawn_at = None

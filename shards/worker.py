@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from typing import Protocol
 
 from router.codec import decode, encode
@@ -22,6 +23,9 @@ from shards.pulse_sender import PulseSender
 from shards.spec import Role, WorkerSpec
 
 log = logging.getLogger("conclave.worker")
+
+_REDIAL_S = 0.25
+"""Between a dial that fails and the next: a death that explains it is known by then."""
 
 
 def control_frame(control: Control) -> Frame:
@@ -76,10 +80,8 @@ class Worker:
         """Apply one transport event, or none."""
         self._turns += 1  # in the middle of a step too
         match event:
-            case Received(frame=frame) if frame.header.kind is FrameKind.CONTROL:
-                self._on_control(decode(Control, frame.meta))
-            case Received(peer=peer, frame=frame):
-                self.on_frame(peer, frame)
+            case Received():
+                self._take(event)
             case Lost(peer=peer) if peer == INGRESS:
                 log.info("%s: the ingress is gone, stopping", self.spec.peer)
                 self.stopping = True
@@ -87,6 +89,21 @@ class Worker:
                 self.on_lost(peer)
             case None:
                 return
+
+    def _take(self, received: Received) -> None:
+        peer, frame = received
+        try:
+            if frame.header.kind is FrameKind.CONTROL:
+                self._on_control(decode(Control, frame.meta))
+            else:
+                self.on_frame(peer, frame)
+        except ValueError as error:
+            self.refuse(peer, error)
+
+    def refuse(self, peer: str, error: ValueError) -> None:
+        """A peer has sent what makes no sense: it is as good as dead, this worker is not."""
+        log.warning("%s: nonsense from %s", self.spec.peer, peer, exc_info=error)
+        self.transport.drop(peer, str(error))
 
     def _on_control(self, control: Control) -> None:
         self.on_coming_epoch(control.coming_epoch)
@@ -96,8 +113,10 @@ class Worker:
             try:
                 self.transport.connect(target.peer, target.address)
             except PeerLost:
-                # Its death reaches the supervisor by itself, which then sends a new address.
-                log.info("%s: %s died before it could be dialled", self.spec.peer, target.peer)
+                # Its death, if it is dead, reaches the supervisor by itself, and soon.
+                log.info("%s: %s cannot be dialled", self.spec.peer, target.peer)
+                time.sleep(_REDIAL_S)
+                self.on_lost(target.peer)
             else:
                 self.on_connected(target.peer)
         if control.table is not None:
@@ -130,8 +149,8 @@ class Worker:
         self.report(WorkerEvent(lost_link=peer))
 
     def on_frame(self, peer: str, frame: Frame) -> None:
-        """Handle a data frame."""
-        raise AssertionError(f"{self.spec.peer} does not take {frame.header.kind.name} from {peer}")
+        """Handle a data frame. Raises ValueError when it makes no sense."""
+        raise ValueError(f"{self.spec.peer} does not take {frame.header.kind.name} from {peer}")
 
     def on_lost(self, peer: str) -> None:
         """A peer's connection ended; by default its respawn is all that matters."""

@@ -97,8 +97,11 @@ class Transport(Protocol):
         Several addresses are joined by commas; `connect` takes the first that is usable here.
         """
 
-    def connect(self, peer: str, address: str) -> None:
-        """Dial `peer`; replaces an earlier connection of that name. Raises PeerLost."""
+    def connect(self, peer: str, address: str, patience: float | None = None) -> None:
+        """Dial `peer`; replaces an earlier connection of that name. Raises PeerLost.
+
+        `patience` (seconds) bounds each step of it, for those who have others to serve meanwhile.
+        """
 
     def send(self, peer: str, frame: Frame) -> None:
         """Queue or write one frame. Never deadlocks on a peer that is also sending.
@@ -108,6 +111,9 @@ class Transport(Protocol):
 
     def recv(self, timeout: float | None) -> Received | Lost | None:
         """Next frame or loss; None after `timeout` seconds (0 polls) or after `wake`."""
+
+    def drop(self, peer: str, reason: str) -> None:
+        """Break off with a peer that sends nonsense: `recv` reports it as Lost."""
 
     def wake(self) -> None:
         """Make a blocked `recv` return None. Thread-safe."""

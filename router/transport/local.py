@@ -44,7 +44,7 @@ class LocalTransport:
         """`local:name#n`."""
         return self._address
 
-    def connect(self, peer: str, address: str) -> None:
+    def connect(self, peer: str, address: str, patience: float | None = None) -> None:
         """Link with `peer`; replaces an earlier connection of that name. Raises PeerLost."""
         with self._network.lock:
             for endpoint in address.split(","):
@@ -84,6 +84,14 @@ class LocalTransport:
                 if remaining is not None and remaining <= 0:
                     return None
                 self._changed.wait(remaining)
+
+    def drop(self, peer: str, reason: str) -> None:
+        """Break off with a peer; both ends see Lost."""
+        with self._network.lock:
+            target = self._links.get(peer)
+            if target is not None:
+                target._unlink(self)
+                self._unlink(target)
 
     def wake(self) -> None:
         """Make a blocked `recv` (or the next one) return None. Thread-safe."""

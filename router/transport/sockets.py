@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import socket
 import time
@@ -73,14 +74,15 @@ class SocketTransport:
         """`unix:@…` and, with `tcp_host`, `,tcp:host:port`."""
         return ",".join(address for _, address in self._listeners)
 
-    def connect(self, peer: str, address: str) -> None:
+    def connect(self, peer: str, address: str, patience: float | None = None) -> None:
         """Dial `peer`; replaces an earlier connection of that name. Raises PeerLost.
 
-        When it returns, both ends can send.
+        When it returns, both ends can send. `patience`: instead of `dial_seconds`.
         """
+        seconds = self._dial_seconds if patience is None else patience
         for endpoint in endpoints.split_addresses(address):
             try:
-                self._dial(peer, endpoint)
+                self._dial(peer, endpoint, seconds)
                 return
             except OSError as error:
                 _log.info("%s: no %s at %s: %s", self._identity.name, peer, endpoint, error)
@@ -101,7 +103,9 @@ class SocketTransport:
         except BlockingIOError:
             sent = 0
         except OSError as error:
-            # What the peer sent before it died is still to be read: `recv` reports the loss.
+            # What a dead peer sent before it died is still to be read: `recv` reports the loss.
+            if error.errno not in (errno.EPIPE, errno.ECONNRESET):
+                self._drop(connection, str(error))
             raise PeerLost(peer) from error
         if sent < total:
             self._send_rest(peer, connection, unsent(parts, sent))
@@ -140,6 +144,11 @@ class SocketTransport:
         until = time.monotonic() + self._spin_seconds
         while not self._inbox and not self._wake_up.is_set and time.monotonic() < until:
             self._poller.wait(0)
+
+    def drop(self, peer: str, reason: str) -> None:
+        """Break off with a peer that sends nonsense: `recv` reports it as Lost."""
+        for connection in tuple(self._links.get(peer, ())):
+            self._drop(connection, reason, malformed=True)
 
     def wake(self) -> None:
         """Make a blocked `recv` (or the next one) return None. Thread-safe."""
@@ -184,7 +193,9 @@ class SocketTransport:
             time.sleep(0.01)  # out of descriptors: the listener stays readable, do not spin
             return
         if len(self._strangers) >= MAX_STRANGERS:
-            self._drop(next(iter(self._strangers)), "too many connections without handshake")
+            oldest = next((c for c in self._strangers if not c.dialed), None)
+            if oldest is not None:
+                self._drop(oldest, "too many connections without handshake")
         handshake = Handshake(self._identity, self._secret)
         self._admit(Connection(sock, handshake, dialed=False, patience=self._hello_seconds))
 
@@ -192,9 +203,9 @@ class SocketTransport:
         self._strangers[connection] = None
         self._poller.watch(connection.sock, partial(self._readable, connection))
 
-    def _dial(self, peer: str, endpoint: str) -> None:
+    def _dial(self, peer: str, endpoint: str, seconds: float) -> None:
         """Connect and shake hands, serving every other peer meanwhile. Raises OSError."""
-        deadline = time.monotonic() + self._dial_seconds
+        deadline = time.monotonic() + seconds
         sock, target = endpoints.open_socket(endpoint)
         try:
             while not endpoints.is_connected(code := sock.connect_ex(target)):
@@ -202,7 +213,7 @@ class SocketTransport:
                     raise OSError(code, "cannot connect")
                 self._pump(_DIAL_POLL_SECONDS)
             handshake = Handshake(self._identity, self._secret, expected=peer)
-            connection = Connection(sock, handshake, dialed=True, patience=self._dial_seconds)
+            connection = Connection(sock, handshake, dialed=True, patience=seconds)
             connection.say_hello(handshake.opening)
         except OSError:
             sock.close()
@@ -250,6 +261,8 @@ class SocketTransport:
         self, peer: str, connection: Connection, parts: list[bytes | memoryview]
     ) -> None:
         sock = connection.sock
+        # Those of now: what the peer dials meanwhile is whole.
+        links = [connection, *self._links.get(peer, ())]
         try:
             self._poller.also_for_writing(sock, True)
             stalled_at = time.monotonic() + self._stall_seconds
@@ -266,7 +279,7 @@ class SocketTransport:
             self._poller.also_for_writing(sock, False)
         except BaseException as error:
             # Half a frame is out: nothing sensible can follow it.
-            for link in [connection, *self._links.get(peer, ())]:
+            for link in links:
                 self._drop(link, f"send interrupted: {error!r}")
             if isinstance(error, OSError):
                 raise PeerLost(peer) from error

@@ -41,8 +41,11 @@ class MortalTransport:
     def address(self) -> str:
         return self._inner.address
 
-    def connect(self, peer: str, address: str) -> None:
-        self._inner.connect(peer, address)
+    def connect(self, peer: str, address: str, patience: float | None = None) -> None:
+        self._inner.connect(peer, address, patience)
+
+    def drop(self, peer: str, reason: str) -> None:
+        self._inner.drop(peer, reason)
 
     def send(self, peer: str, frame: Frame) -> None:
         if self._killed:

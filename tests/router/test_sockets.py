@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -646,3 +647,63 @@ def test_unfit_tensors_and_buffers_are_refused() -> None:
         wire_dtype(torch.int64)
     with pytest.raises(ValueError, match="allowed"):
         torch_dtype(Dtype.NONE)
+
+
+def test_a_dial_during_a_blocked_send_survives_it(listener: Listener) -> None:
+    """The frame is lost with the connection it was written to; what was dialled since is not."""
+    deaf, successor = listener.dial(), listener.dial()
+    shake_hands(deaf, "other")
+    deaf.sendall(wire(Frame(Header(kind=FrameKind.STEP, step=1))))
+    listener.wait(1)
+    huge = Frame(Header(kind=FrameKind.STEP), b"", (memoryview(bytearray(64 << 20)),))
+    results: list[PeerLost | None] = []
+    begun, take = threading.Event(), listener.transport.recv
+
+    def send_first(timeout: float | None) -> Received | Lost | None:
+        if not begun.is_set():
+            begun.set()
+            try:
+                listener.transport.send("other", huge)
+                results.append(None)
+            except PeerLost as error:
+                results.append(error)
+        return take(timeout)
+
+    listener.transport.recv = send_first  # type: ignore[method-assign]
+    listener.transport.wake()
+    assert begun.wait(5)
+    shake_hands(successor, "other")
+    successor.sendall(wire(Frame(Header(kind=FrameKind.STEP, step=9))))
+    received = listener.wait(2)[1]
+    assert isinstance(received, Received), "the new connection was dropped with the old one"
+    assert received.frame.header.step == 9
+    assert isinstance(results[0], PeerLost)
+    assert len(listener.items) == 2
+    deaf.close()
+    successor.close()
+
+
+def test_a_send_that_fails_here_ends_the_connection(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise nobody would ever hear that frames to this peer are lost."""
+
+    class Full:
+        def __init__(self, sock: socket.socket) -> None:
+            self._sock = sock
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._sock, name)
+
+        def sendmsg(self, parts: object) -> int:
+            raise OSError(errno.ENOBUFS, "no buffer space")
+
+    sender = SocketTransport("sender", "secret")
+    sender.connect("listener", listener.transport.address)
+    (connection,) = sender._links["listener"]
+    monkeypatch.setattr(connection, "sock", Full(connection.sock))
+    with pytest.raises(PeerLost):
+        sender.send("listener", Frame(Header(kind=FrameKind.STEP)))
+    assert sender.recv(1.0) == Lost("listener")
+    assert listener.wait(1) == [Lost("sender")]
+    sender.close()

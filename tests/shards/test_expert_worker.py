@@ -25,6 +25,9 @@ class Experts:
     def __init__(self) -> None:
         self.passes: list[tuple[int, list[tuple[int, int]]]] = []
 
+    def check(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> None:
+        assert rows.shape[1] == WIDTH
+
     def forward(self, layer_idx: int, pairs: Sequence[tuple[int, int]], rows: Tensor) -> Tensor:
         self.passes.append((layer_idx, list(pairs)))
         outputs, start = [], 0

@@ -13,8 +13,9 @@ from shards.actions import Action, BeginEpoch, Dial, GiveUp, Mourn, Spawn, Suspe
 from shards.client import GroupState
 from shards.control import Started
 from shards.member import MAX_FAILURES
+from shards.relinks import RELINK_S
 from shards.spec import CacheCost, GroupSpec, WorkerSpec, worker_specs
-from shards.supervisor import RELINK_S, Supervisor
+from shards.supervisor import Supervisor
 
 LIMITS = EngineLimits(
     block_size=16,
