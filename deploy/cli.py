@@ -111,6 +111,9 @@ def serve(
     step_deadline: Annotated[
         str | None, _option("--step-deadline", help="Seconds one step of an actor may take.")
     ] = None,
+    load_timeout: Annotated[
+        str | None, _option("--load-timeout", help="Seconds an actor may take to load.")
+    ] = None,
     recovery_timeout: Annotated[
         str | None, _option("--recovery-timeout", help="Seconds requests wait for recovery.")
     ] = None,

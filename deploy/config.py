@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
 from models.kernels.choice import parse_choice
-from shards.partition import LayerRanges, parse_stage_layers
+from shards.partition import LayerRanges, layer_ranges_text, parse_stage_layers
 from shards.spec import Deadlines
 
 _UNITS = {
@@ -46,9 +46,13 @@ def _cache_size(value: object) -> object:
 
 def _layer_ranges(value: object) -> object:
     """`0-8,9-17`, or a list of such ranges."""
-    if value is None or isinstance(value, tuple):
+    if value is None:
         return value
-    return parse_stage_layers(",".join(map(str, value)) if isinstance(value, list) else str(value))
+    if isinstance(value, tuple) and all(isinstance(part, tuple) for part in value):
+        value = layer_ranges_text(value)
+    if isinstance(value, list | tuple):
+        value = ",".join(map(str, value))
+    return parse_stage_layers(str(value))
 
 
 def _as_list(value: object) -> object:
@@ -101,6 +105,7 @@ class ServeArgs(BaseModel):
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
     hang_deadline: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
     step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0
+    load_timeout: Annotated[float, Field(ge=1.0, le=86400)] = 1800.0
     recovery_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
 
@@ -130,7 +135,10 @@ class ServeArgs(BaseModel):
     def deadlines(self) -> Deadlines:
         """The three that supervision knows."""
         return Deadlines(
-            hang_s=self.hang_deadline, step_s=self.step_deadline, recovery_s=self.recovery_timeout
+            hang_s=self.hang_deadline,
+            step_s=self.step_deadline,
+            load_s=self.load_timeout,
+            recovery_s=self.recovery_timeout,
         )
 
 

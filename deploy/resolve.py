@@ -202,7 +202,7 @@ def _executor(args: ServeArgs) -> str:
         return "pipeline" if spread or args.expert_replicas > 1 else "local"
     if args.executor == "local":
         for key, value in (
-            ("stages" if args.stages else "ranges of stage_layers", stages),
+            ("stages" if args.stages else "number of ranges in stage_layers", stages),
             ("expert_shards", args.expert_shards or 1),
             ("expert_replicas", args.expert_replicas),
         ):

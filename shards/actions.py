@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from shards.control import Control, PeerAddress
+from shards.control import Control
 from shards.spec import WorkerSpec
 
 
@@ -44,7 +44,8 @@ class Mourn:
 class Dial:
     """The ingress connects to a worker that has just started."""
 
-    target: PeerAddress
+    spec: WorkerSpec
+    address: str
 
 
 @dataclass(frozen=True, slots=True)

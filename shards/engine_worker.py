@@ -135,7 +135,10 @@ class EngineWorker(Worker):
             plan = self._core.schedule()
             if plan is None:
                 return
-            self._started.extend(new.seq_id for new in plan.new)
+            if plan.new:
+                # Said before it is computed: if a worker dies of it, it is known of what.
+                self._started.extend(new.seq_id for new in plan.new)
+                self._send((), ())
             try:
                 self._executor.submit(plan)
             except PeerLost as error:

@@ -27,6 +27,7 @@ from shards.control import Started, WorkerEvent
 from shards.journal import JournalEntry
 from shards.launcher import Launcher
 from shards.live_sequences import LiveSequences, Messages
+from shards.load_bound import LoadBound
 from shards.outputs import Outputs
 from shards.patience import Patience
 from shards.pulse_watch import PulseWatch
@@ -38,6 +39,10 @@ from shards.worker import control_frame
 log = logging.getLogger("conclave.group")
 
 ENGINE = f"{Role.ENGINE}-0"
+_LONGEST_WAIT_S = 3600.0
+"""The system calls that wait take no day."""
+_MOST_HEARD = 1000
+"""Frames in a row, however much is to be done besides."""
 
 
 class ModelGroup:
@@ -50,6 +55,7 @@ class ModelGroup:
         self._supervisor = Supervisor(spec)
         self._sequences = LiveSequences()
         self._patience = Patience(spec.deadlines.recovery_s)
+        self._loading = LoadBound(spec.deadlines.load_s)
         self._pulse = PulseWatch(spec.secret, spec.deadlines, self._condemned)
         self._calls: deque[Callable[[], None]] = deque()
         self._calls_lock = threading.Lock()
@@ -169,7 +175,7 @@ class ModelGroup:
 
     def _condemned(self, spec: WorkerSpec, reason: str) -> None:
         """The pulse's watch has given a worker up, and killed it if it could."""
-        self._post(lambda: self._apply(self._supervisor.on_hung(spec, reason, time.monotonic())))
+        self._post(lambda: self._give_up_on(spec, reason))
 
     def _post(self, call: Callable[[], None]) -> None:
         """Have the group's thread make a call; once that has ended, make it here and now."""
@@ -188,9 +194,12 @@ class ModelGroup:
         try:
             while self.state not in (GroupState.STOPPED, GroupState.FAILED):
                 self._handle(self._transport.recv(self._timeout()))
+                if self._calls:
+                    self._hear_all()
                 while self._calls:
                     self._calls.popleft()()
-                self._look_around()
+                if self.state not in (GroupState.STOPPED, GroupState.FAILED):
+                    self._look_around()
                 if self.state is not GroupState.STARTING:
                     self._settled.set()
         except Exception as error:
@@ -204,15 +213,32 @@ class ModelGroup:
             self._sequences.fail_all(self._failure())
             self._settled.set()
 
+    def _hear_all(self) -> None:
+        """A report of a death must not overtake what was said before it."""
+        silences = 0
+        for _ in range(_MOST_HEARD):
+            event = self._transport.recv(0.0)
+            # A wake-up is a silence too, whatever has come.
+            silences = silences + 1 if event is None else 0
+            if silences == 2:
+                return
+            self._handle(event)
+
     def _timeout(self) -> float | None:
-        due = [at for at in (self._supervisor.due, self._patience.due) if at is not None]
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        all_due = (self._supervisor.due, self._patience.due, self._loading.due)
+        due = [at for at in all_due if at is not None]
+        return min(max(0.0, min(due) - time.monotonic()), _LONGEST_WAIT_S) if due else None
 
     def _look_around(self) -> None:
         """What is due by now: successors, the end of patience, the next trial or the last's end."""
         now = time.monotonic()
         self._apply(self._supervisor.on_time(now))
-        if self._patience.look(self.state, now) and (error := self.unavailable) is not None:
+        for spec in self._loading.overdue(now):
+            self._give_up_on(spec, f"hung: not loaded after {self.spec.deadlines.load_s:g} s")
+        # While some are tried, all others wait.
+        tries = self.state is GroupState.READY and not self._sequences.everyone_may_run
+        state = GroupState.RECOVERING if tries else self.state
+        if self._patience.look(state, now) and (error := self.unavailable) is not None:
             log.error("%s: %d sequences fail, %s", error, len(self._sequences), self.trouble)
             self._tell_engine(self._sequences.fail_all(error))
         if self._sequences.wants_epoch:
@@ -230,7 +256,7 @@ class ModelGroup:
                 batch = read_with_rows(TokenBatch, event.frame)
                 self._load = batch.load
                 if self._sequences.take(batch):
-                    self._supervisor.on_progress()
+                    self._supervisor.on_progress(time.monotonic())
                 self._outbox.flush()
             case FrameKind.EVENT:
                 self._heed(event.peer, decode(WorkerEvent, event.frame.meta), time.monotonic())
@@ -246,6 +272,7 @@ class ModelGroup:
             self._supervisor.on_link_lost(event.lost_link, now)
 
     def _on_started(self, spec: WorkerSpec, started: Started) -> None:
+        self._loading.end(spec)
         actions = self._supervisor.on_started(spec, started, time.monotonic())
         if actions:
             self._pulse.watch(spec, started)
@@ -253,23 +280,25 @@ class ModelGroup:
 
     def _mourn(self, death: Mourn) -> None:
         log.warning("%s", death)
+        self._loading.end(death.spec)
         self._pulse.forget(death.spec)
         narrowed, messages = self._sequences.on_death(death)
         if narrowed:
-            self._supervisor.on_progress()
+            self._supervisor.on_progress(time.monotonic())
         self._tell_engine(messages)
 
     def _apply(self, actions: list[Action]) -> None:
         for action in actions:
             match action:
                 case Spawn(spec):
+                    self._loading.begin(spec, time.monotonic())
                     self._launcher.spawn(spec, self)
                 case Discard(spec):
                     self._launcher.discard(spec)
                 case Mourn():
                     self._mourn(action)
-                case Dial(target):
-                    self._dial(target.peer, target.address)
+                case Dial(spec, address):
+                    self._dial(spec, address)
                 case Tell(peer, control):
                     self._send(peer, control_frame(control))
                 case Suspend():
@@ -283,11 +312,15 @@ class ModelGroup:
                     self._supervisor.state = GroupState.FAILED
                     self._reason = reason
 
-    def _dial(self, peer: str, address: str) -> None:
+    def _dial(self, spec: WorkerSpec, address: str) -> None:
         try:
-            self._transport.connect(peer, address)
+            self._transport.connect(spec.peer, address)
         except PeerLost:
-            log.info("%s died before it could be dialled", peer)
+            # Dead, or as good as dead: it can be told nothing.
+            self._post(lambda: self._give_up_on(spec, "it cannot be dialled"))
+
+    def _give_up_on(self, spec: WorkerSpec, reason: str) -> None:
+        self._apply(self._supervisor.on_hung(spec, reason, time.monotonic()))
 
     def _send(self, peer: str, frame: Frame) -> None:
         try:

@@ -31,6 +31,11 @@ class LiveSequences:
         """Whether the open epoch must give way to another one."""
         return bool(self._journal.epoch) and self._suspects.wants_epoch
 
+    @property
+    def everyone_may_run(self) -> bool:
+        """Whether no sequence waits because another one is tried."""
+        return self._suspects.everyone_may_run
+
     def add(self, entry: JournalEntry) -> Messages:
         """A new sequence."""
         return _sent(self._journal.add(entry))

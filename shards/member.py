@@ -9,7 +9,9 @@ from shards.control import Started
 from shards.spec import WorkerSpec
 
 MAX_FAILURES = 8
-"""Deaths in a row after which a worker is not started again."""
+"""Deaths in a row; at the next one the group gives up, unless it works without that worker."""
+PROVEN_S = 5.0
+"""An expert worker that lived this long while tokens came does what it is for."""
 STABLE_S = 60.0
 """Who lived this long has not failed in starting: its death is the first in a row."""
 _AT_ONCE = 2

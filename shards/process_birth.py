@@ -36,9 +36,10 @@ def is_at_work(pid: int, birth: str) -> bool:
     if not birth or birth_of(pid) != birth:
         return False
     try:
-        return any(_fields(task)[_STATE] in "RD" for task in (_PROC / str(pid) / "task").iterdir())
-    except (OSError, IndexError):
+        tasks = list((_PROC / str(pid) / "task").iterdir())
+    except OSError:
         return False
+    return any(_state(task) in ("R", "D") for task in tasks)
 
 
 def kill(pid: int, birth: str) -> bool:
@@ -59,6 +60,13 @@ def kill(pid: int, birth: str) -> bool:
     finally:
         os.close(process)
     return True
+
+
+def _state(task: Path) -> str:
+    try:
+        return _fields(task)[_STATE]
+    except (OSError, IndexError):  # it has ended since it was listed
+        return ""
 
 
 def _fields(folder: Path) -> list[str]:

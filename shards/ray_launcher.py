@@ -73,12 +73,12 @@ class RayLauncher:
             nodes = self._places.nodes()
             actor = self._spares.take(nodes.get(bundle_index(spec), "")) or self._create(spec)
             self._register(spec, actor)
+            place = f"{self._places.prefix}/{spec.peer}"
+            called = actor.start.remote(spec, place, self._places.spans_nodes)
+            started: Future[Started] = called.future()
         except Exception as error:  # Ray raises many kinds; each means that nothing was started.
             self._on_died(spec, events, f"cannot be created: {error}")
             return
-        place = f"{self._places.prefix}/{spec.peer}"
-        called = actor.start.remote(spec, place, self._places.spans_nodes)
-        started: Future[Started] = called.future()
         started.add_done_callback(partial(self._on_started, actor, spec, events))
 
     def _create(self, spec: WorkerSpec) -> Any:
@@ -109,10 +109,14 @@ class RayLauncher:
         events.started(spec, future.result())
         self._spares.on_answered(spec)
         ended: Future[None] = actor.run.remote().future()
-        ended.add_done_callback(partial(self._on_ended, spec, events))
+        ended.add_done_callback(partial(self._on_ended, actor, spec, events))
 
-    def _on_ended(self, spec: WorkerSpec, events: WorkerEvents, future: Future[None]) -> None:
+    def _on_ended(
+        self, actor: Any, spec: WorkerSpec, events: WorkerEvents, future: Future[None]
+    ) -> None:
         error = future.exception()
+        # Its process may live, and hold the weights, for as long as anybody knows the actor.
+        in_background(kill, actor)
         self._on_died(spec, events, str(error) if error else "its data loop returned")
 
     def _on_died(

@@ -44,7 +44,8 @@ class RaySpares:
         """A worker has loaded; when it was the last one to, spares that are missing are made."""
         with self._lock:
             self._spares.on_answered(spec)
-        in_background(self._make, spec.group)
+        if spec.group.warm_spare:
+            in_background(self._make, spec.group)
 
     def on_died(self, spec: WorkerSpec) -> None:
         """A worker ended."""
@@ -72,8 +73,6 @@ class RaySpares:
             kill(spare)
 
     def _make(self, group: GroupSpec) -> None:
-        if not group.warm_spare:
-            return
         by_bundle = self._places.nodes() or {0: ""}
         bundles = {node: bundle for bundle, node in sorted(by_bundle.items(), reverse=True)}
         with self._lock:

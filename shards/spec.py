@@ -34,6 +34,8 @@ class Deadlines:
     """Silence of a worker that is not at work."""
     step_s: float = 300.0
     """One turn of a worker's data loop."""
+    load_s: float = 1800.0
+    """From the start of a worker until it has loaded."""
     recovery_s: float = 120.0
     """Waiting of requests while the group heals."""
 

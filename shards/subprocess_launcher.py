@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from os import environ
 from typing import IO
 
-from router.codec import decode, encode
+from router.codec import CodecError, decode, encode
 from shards.control import Started
 from shards.launcher import WorkerEvents
 from shards.spares import Spares
@@ -50,7 +50,12 @@ class SubprocessLauncher:
                 return
             self._spares.on_spawn(spec)
             spare = self._spares.take(_HERE)
-            process = self._processes[spec] = spare or self._start()
+            try:
+                process = self._processes[spec] = spare or self._start()
+            except OSError as error:
+                self._spares.on_died(spec)
+                self._begin(events.died, spec, f"cannot be started: {error}", False)
+                return
             self._begin(self._watch, process, spec, events, spare is not None)
 
     def _start(self, *arguments: str) -> _Process:
@@ -73,17 +78,31 @@ class SubprocessLauncher:
     ) -> None:
         told = _tell(process, spec, answer=is_spare)
         if is_spare and not told:
-            self._watch(self._replace(process, spec), spec, events, False)
+            try:
+                successor = self._replace(process, spec)
+            except OSError as error:
+                self._on_died(spec, events, f"cannot be started: {error}")
+            else:
+                self._watch(successor, spec, events, False)
             return
         answer = _pipe(process.stdout).read() if told else b""
         if answer:
-            events.started(spec, decode(Started, answer))
-            self._on_answered(spec)
+            try:
+                events.started(spec, decode(Started, answer))
+                self._on_answered(spec)
+            except CodecError as error:
+                log.warning("%s does not say how it was started: %s", spec.peer, error)
+                process.kill()
         code = _end(process)
+        self._on_died(spec, events, f"exit code {code}", code == FATAL_EXIT)
+
+    def _on_died(
+        self, spec: WorkerSpec, events: WorkerEvents, reason: str, fatal: bool = False
+    ) -> None:
         with self._lock:
             self._processes.pop(spec, None)
             self._spares.on_died(spec)
-        events.died(spec, f"exit code {code}", code == FATAL_EXIT)
+        events.died(spec, reason, fatal)
 
     def _replace(self, spare: _Process, spec: WorkerSpec) -> _Process:
         """An ordinary process in the place of a spare that gives no answer."""
@@ -106,7 +125,12 @@ class SubprocessLauncher:
     def _make_spare(self, group: GroupSpec) -> None:
         with self._lock:
             if group.warm_spare and self._spares.wanted([_HERE]):
-                spare = self._start("--spare")
+                try:
+                    spare = self._start("--spare")
+                except OSError as error:
+                    log.warning("a spare cannot be started: %s", error)
+                    self._spares.give_up(_HERE)
+                    return
                 self._spares.put(_HERE, spare)
                 self._begin(self._watch_spare, spare, group)
 
@@ -120,6 +144,7 @@ class SubprocessLauncher:
         with self._lock:
             ended = self._spares.on_ended(spare, time.monotonic())
         if ended:
+            spare.kill()  # one that says what no spare says has not ended yet
             code = _end(spare)
             if not self._closing:
                 log.warning("a spare has ended: exit code %d", code)

@@ -6,7 +6,6 @@ the dead are respawned, everyone is connected again, and the journal resumes eve
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
 from router.placement import RoutingTable, ShardAddress
@@ -14,13 +13,11 @@ from shards.actions import Action, BeginEpoch, Dial, Discard, GiveUp, Mourn, Spa
 from shards.cache_budget import CachePlan, plan_caches
 from shards.client import GroupState, Trouble, WorkerStatus
 from shards.control import Control, PeerAddress, Started
-from shards.member import MAX_FAILURES, Member
+from shards.lost_steps import LostSteps
+from shards.member import MAX_FAILURES, PROVEN_S, Member
 from shards.relinks import Relinks
 from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
 from shards.wiring import dialled_by
-
-MAX_LOST_STEPS = 8
-LOST_STEPS_WINDOW_S = 60.0
 
 
 class Supervisor:
@@ -30,7 +27,7 @@ class Supervisor:
         self._spec = spec
         self._placement = spec.placement
         self._members = {s.peer: Member(s) for s in worker_specs(spec)}
-        self._lost_steps: deque[float] = deque()
+        self._lost_steps = LostSteps()
         self._relinks = Relinks()
         self._epoch = 0
         self._epoch_open = False
@@ -57,7 +54,7 @@ class Supervisor:
         member.rise(started, now, self._num_events)
         if all(m.started is not None for m in self._members.values()):
             self._whole_no = self._num_events
-        actions: list[Action] = [Dial(PeerAddress(peer=spec.peer, address=started.address))]
+        actions: list[Action] = [Dial(spec, started.address)]
         if not self._epoch_open:
             actions += self._connect_everyone()
         elif spec.role is Role.EXPERT:
@@ -67,7 +64,7 @@ class Supervisor:
 
     def on_ack(self, peer: str, ack: int) -> list[Action]:
         """A worker has dialled its peers; the epoch begins when all have."""
-        if ack != self._round or peer not in self._awaiting:
+        if self._is_over or ack != self._round or peer not in self._awaiting:
             return []
         self._awaiting.discard(peer)
         if self._awaiting:
@@ -84,11 +81,13 @@ class Supervisor:
 
         The epoch may be the coming one, whose connections are just being made.
         """
-        if epoch != (self._epoch if self._epoch_open else self._epoch + 1):
+        if self._is_over or epoch != (self._epoch if self._epoch_open else self._epoch + 1):
             return []
-        if self._loses_too_many_steps(now):
+        if self._lost_steps.add(now):
             return self._give_up("steps keep being lost although every worker is alive")
-        return self.new_epoch()
+        actions = self._end_epoch() + self.on_time(now)
+        self._refresh_state()
+        return actions
 
     def on_link_lost(self, peer: str, now: float) -> None:
         """Somebody's connection to an expert worker broke: if it lives, a new table mends it."""
@@ -98,6 +97,8 @@ class Supervisor:
 
     def new_epoch(self) -> list[Action]:
         """End this epoch, in which nobody died, and begin another."""
+        if self._is_over:
+            return []
         actions = self._end_epoch() + self._connect_everyone()
         self._refresh_state()
         return actions
@@ -111,7 +112,7 @@ class Supervisor:
             return []
         self._lost_steps.clear()  # they are explained
         actions = [self._bury(member, reason, now)]
-        if member.failures > MAX_FAILURES or fatal:
+        if (member.failures > MAX_FAILURES or fatal) and not self._is_spared(member):
             return actions + self._give_up(f"{spec.peer}: {reason}")
         self._caches_lost |= spec.role in (Role.ENGINE, Role.STAGE)
         if spec.role is not Role.EXPERT:
@@ -141,14 +142,16 @@ class Supervisor:
     def due(self) -> float | None:
         """When `on_time` has something to do."""
         turns = [m.spawn_at for m in self._members.values() if m.spawn_at is not None]
-        turns += [] if self._relinks.due is None else [self._relinks.due]
-        return min(turns, default=None)
+        waits = (self._relinks.due, self._lost_steps.due)
+        return min([*turns, *(due for due in waits if due is not None)], default=None)
 
     def on_time(self, now: float) -> list[Action]:
-        """Start the successors whose turn has come; have broken connections made again."""
+        """Start the successors whose turn has come; have connections made again."""
         if self._is_over:
             return []
         relinks = self._publish() if self._relinks.take(now) else []
+        if self._lost_steps.take(now) and not self._epoch_open:
+            relinks = self._connect_everyone()
         turn = [m for m in self._members.values() if m.spawn_at is not None and m.spawn_at <= now]
         for member in turn:
             member.spawn_at = None
@@ -176,7 +179,9 @@ class Supervisor:
         return tuple(self._status(m) for m in self._members.values())
 
     def trouble(self, now: float, since: float | None) -> Trouble | None:
-        """Of the workers that are missing, who died most often, if any did."""
+        """Of the workers that are missed, who died most often, if any did."""
+        if self.state is GroupState.READY:
+            return None
         missing = [m for m in self._members.values() if m.started is None and m.deaths]
         worst = max(missing, key=lambda member: member.failures, default=None)
         return None if worst is None else worst.trouble(now, now if since is None else since)
@@ -199,18 +204,23 @@ class Supervisor:
             if m.started is not None and (not roles or m.spec.role in roles)
         ]
 
-    def on_progress(self) -> None:
-        """Tokens were accepted: whatever died before has healed, and is held against nobody."""
+    def on_progress(self, now: float) -> None:
+        """Tokens were accepted: whoever is needed for them has healed; deaths are forgiven."""
         self._lost_steps.clear()
         for member in self._members.values():
-            member.failures = 0
+            # Tokens come without an expert that has a copy: they prove nothing for it.
+            proven_s = PROVEN_S if member.spec.role is Role.EXPERT else 0.0
+            if member.started is not None and now - member.started_at >= proven_s:
+                member.failures = 0
 
-    def _loses_too_many_steps(self, now: float) -> bool:
-        """Count a lost step; true when many were lost and no token came in between."""
-        self._lost_steps.append(now)
-        while now - self._lost_steps[0] > LOST_STEPS_WINDOW_S:
-            self._lost_steps.popleft()
-        return len(self._lost_steps) > MAX_LOST_STEPS
+    def _is_spared(self, member: Member) -> bool:
+        """Whether the group works without it: others hold all of its experts, and are alive."""
+        if self._epoch == 0 or member.spec.role is not Role.EXPERT or self._placement is None:
+            return False
+        # The member itself has just fallen.
+        live, own = set(self._live(Role.EXPERT)), self._placement.held_by(member.spec.index)
+        holders = self._placement.shards
+        return all(any(f"{Role.EXPERT}-{s}" in live for s in holders[e]) for e in own)
 
     def _end_epoch(self) -> list[Action]:
         self._awaiting.clear()
@@ -274,7 +284,7 @@ class Supervisor:
         return [Tell(peer, control) for peer in self._live(Role.DISPATCHER)]
 
     def _refresh_state(self) -> None:
-        if self._epoch == 0:
+        if self._epoch == 0 or self._is_over:
             return
         everyone = all(m.started is not None for m in self._members.values())
         held = self._placement is None or all(

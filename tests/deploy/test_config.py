@@ -64,6 +64,7 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"hang_deadline": "0.01"}, ["hang_deadline=0.01", "0.1 or more"]),
         ({"hang_deadline": 2, "step_deadline": 1}, ["step_deadline=1", "hang_deadline", "2"]),
         ({"step_deadline": "inf"}, ["step_deadline=inf", "finite"]),
+        ({"load_timeout": "0"}, ["load_timeout=0", "1.0 or more"]),
         ({"recovery_timeout": "-1"}, ["recovery_timeout=-1", "0 or more"]),
         ({"recovery_timeout": "soon"}, ["recovery_timeout=soon", "numbers"]),
     ],
@@ -79,9 +80,14 @@ def test_refusals_name_the_key(options: dict[str, Any], words: list[str]) -> Non
 
 
 def test_deadlines_reach_the_group() -> None:
-    args = {"hang_deadline": "0.5", "step_deadline": "60", "recovery_timeout": "7.5"}
+    args = {
+        "hang_deadline": "0.5",
+        "step_deadline": "60",
+        "load_timeout": "90",
+        "recovery_timeout": "7.5",
+    }
     spec = resolve(parse_args({"model": "nano-jamba", **args})).spec
-    assert spec.deadlines == Deadlines(hang_s=0.5, step_s=60.0, recovery_s=7.5)
+    assert spec.deadlines == Deadlines(hang_s=0.5, step_s=60.0, load_s=90.0, recovery_s=7.5)
     assert resolve(parse_args({"model": "nano-jamba"})).spec.deadlines == Deadlines()
 
 

@@ -12,7 +12,7 @@ from router.placement import place_experts
 from shards.actions import Action, BeginEpoch, Dial, GiveUp, Mourn, Spawn, Suspend, Tell
 from shards.client import GroupState
 from shards.control import Started
-from shards.member import MAX_FAILURES
+from shards.member import MAX_FAILURES, PROVEN_S
 from shards.relinks import RELINK_S
 from shards.spec import CacheCost, GroupSpec, WorkerSpec, worker_specs
 from shards.supervisor import Supervisor
@@ -80,8 +80,8 @@ class World:
                     assert spec.peer not in self.starting
                     assert spec.peer not in self.alive
                     self.starting[spec.peer] = spec
-                case Dial(target):
-                    assert self.alive.get(target.peer) == target.address
+                case Dial(spec, address):
+                    assert self.alive.get(spec.peer) == address
                 case Tell(peer, control):
                     if peer not in self.alive:
                         continue
@@ -231,11 +231,60 @@ def test_deaths_with_progress_in_between_are_always_healed() -> None:
     world = World(group_spec(experts=2, replicas=2))
     for turn in range(4 * MAX_FAILURES):
         world.settle()
-        world.supervisor.on_progress()
-        world.die(("stage-0", "expert-1", "engine-0")[turn % 3], 1.0)
+        now = world.now + 2 * PROVEN_S * turn
+        world.supervisor.on_progress(now)
+        world.die(("stage-0", "expert-1", "engine-0")[turn % 3], now)
         assert world.supervisor.due is None, "nobody pauses"
     world.settle()
     assert world.supervisor.state is GroupState.READY
+
+
+def test_an_expert_with_copies_may_die_for_ever_but_ever_more_slowly() -> None:
+    """Tokens come without it: they prove nothing for it."""
+    world = World(group_spec(experts=2, replicas=2))
+    world.settle()
+    now, deaths = 0.0, 0
+    while now < 600.0:
+        world.die("expert-1", now, fatal=deaths > 15)
+        deaths += 1
+        due = world.supervisor.due
+        assert world.supervisor.state is GroupState.READY
+        assert world.supervisor.trouble(now, None) is None
+        now = now + 0.01 if due is None else due
+        world.now = now
+        world.do(world.supervisor.on_time(now))
+        world.come_up("expert-1")
+        world.supervisor.on_progress(now)
+    assert deaths < 40
+    assert not world.gave_up
+    world.supervisor.on_progress(now + PROVEN_S)
+    world.die("expert-1", now + PROVEN_S)
+    assert world.supervisor.due is None, "it had lived, and was needed"
+    # Without its copy it is like any other.
+    for _ in range(MAX_FAILURES):
+        world.settle()
+        world.die("expert-0", now)
+        if not world.gave_up:
+            world.die("expert-1", now)
+    assert world.gave_up
+
+
+@pytest.mark.parametrize("ends", ["fails", "stops"])
+def test_what_is_over_stays_over(ends: str) -> None:
+    world = World(group_spec())
+    world.settle()
+    supervisor = world.supervisor
+    if ends == "fails":
+        world.die("stage-0", 1.0, fatal=True)
+    else:
+        world.do(supervisor.stop())
+    state = supervisor.state
+    assert state in (GroupState.FAILED, GroupState.STOPPED)
+    assert supervisor.new_epoch() == []
+    assert supervisor.on_step_lost(1, 2.0) == []
+    assert supervisor.on_time(1e9) == []
+    assert supervisor.on_ack("engine-0", 1) == []
+    assert supervisor.state is state
 
 
 def test_a_lost_step_without_a_death_begins_a_new_epoch() -> None:
