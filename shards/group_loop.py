@@ -226,7 +226,7 @@ class GroupLoop:
         self.pulse.forget(death.spec)
         narrowed, messages = self._sequences.on_death(death)
         if narrowed:
-            self.supervisor.on_progress(time.monotonic())
+            self.supervisor.forgive()
         self._tell_engine(messages)
 
     def _apply(self, actions: list[Action]) -> None:

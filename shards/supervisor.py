@@ -213,6 +213,11 @@ class Supervisor:
             if member.started is not None and now - member.started_at >= proven_s:
                 member.failures = 0
 
+    def forgive(self) -> None:
+        """The deaths so far were a request's fault."""
+        for member in self._members.values():
+            member.failures = 0
+
     def _is_spared(self, member: Member) -> bool:
         """Whether the group works without it: others hold all of its experts, and are alive."""
         if self._epoch == 0 or member.spec.role is not Role.EXPERT or self._placement is None:

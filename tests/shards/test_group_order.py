@@ -149,6 +149,22 @@ async def test_the_last_words_count_whatever_is_reported_first() -> None:
         group.stop()
 
 
+async def test_every_culprit_fails_and_the_workers_are_forgiven() -> None:
+    group, engines = make_group(lambda admit: POISON in admit.prompt)
+    group.start(timeout=10)
+    try:
+        async with asyncio.timeout(30):
+            prompts = [(n, POISON if n % 2 else n) for n in range(8)]
+            answers = [asyncio.create_task(_answer(group, prompt)) for prompt in prompts]
+            found = await asyncio.gather(*answers, return_exceptions=True)
+        for prompt, answer in zip(prompts, found, strict=True):
+            assert isinstance(answer, WorkerKilled) if POISON in prompt else answer == [7]
+        assert engines.spawned > 9, "more than a worker's own fault would have been allowed"
+        assert group.state is not GroupState.FAILED
+    finally:
+        group.stop()
+
+
 async def test_a_group_that_has_given_up_stays_so() -> None:
     group, engines = make_group(lambda admit: True)
     group.start(timeout=10)
