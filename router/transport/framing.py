@@ -33,6 +33,11 @@ class MalformedFrame(ValueError):
     """Bytes that no peer of this protocol version sends, or sizes beyond the limits."""
 
 
+def num_bytes(frame: Frame) -> int:
+    """What a frame carries, without its header."""
+    return len(frame.meta) + sum([buffer.nbytes for buffer in frame.buffers])
+
+
 @cache
 def _lengths(num_buffers: int) -> struct.Struct:
     assert num_buffers <= MAX_BUFFERS, num_buffers

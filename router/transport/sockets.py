@@ -6,7 +6,6 @@ import errno
 import logging
 import socket
 import time
-from collections import deque
 from functools import partial
 
 from router.transport import endpoints
@@ -14,6 +13,7 @@ from router.transport.base import Frame, Lost, PeerLost, Received
 from router.transport.connection import Connection, unsent
 from router.transport.framing import frame_parts
 from router.transport.handshake import Handshake, Identity
+from router.transport.inbox import MAX_UNREAD_BYTES, Inbox
 from router.transport.poller import Poller
 from router.transport.wake_up import WakeUp
 
@@ -48,6 +48,7 @@ class SocketTransport:
         dial_seconds: float = DIAL_SECONDS,
         stall_seconds: float = STALL_SECONDS,
         spin_seconds: float = 0.0,
+        max_unread_bytes: int = MAX_UNREAD_BYTES,
     ) -> None:
         self._identity = Identity.create(name)
         self._secret = secret
@@ -55,7 +56,7 @@ class SocketTransport:
         self._dial_seconds = dial_seconds
         self._stall_seconds = stall_seconds
         self._spin_seconds = spin_seconds
-        self._inbox: deque[Received | Lost] = deque()
+        self._inbox = Inbox(max_unread_bytes)
         self._strangers: dict[Connection, None] = {}  # an ordered set, the oldest first
         # The first link is the one sent on, so that order holds when two peers dial each other.
         self._links: dict[str, list[Connection]] = {}
@@ -124,7 +125,7 @@ class SocketTransport:
                 self._wake_up.take()
                 return None
             if self._inbox:
-                return self._inbox.popleft()
+                return self._inbox.take()
             if spin and remaining != 0:
                 spin = False
                 self._spin()
@@ -232,7 +233,7 @@ class SocketTransport:
             while connection.receive():
                 while (frame := reader.next_frame()) is not None:
                     if connection.peer is not None:
-                        self._inbox.append(Received(connection.peer.name, frame))
+                        self._inbox.put(connection.peer.name, frame)
                     elif (peer := connection.greet(frame)) is not None:
                         self._link(connection, peer)
                 if not reader.in_body:
@@ -254,8 +255,7 @@ class SocketTransport:
             links.clear()
         # Otherwise both dialed each other: each keeps sending on the link it had first.
         links.append(connection)
-        # A loss of the replaced incarnation would be taken for a loss of this one.
-        self._inbox = deque(item for item in self._inbox if item != Lost(peer.name))
+        self._inbox.forget_loss(peer.name)
 
     def _send_rest(
         self, peer: str, connection: Connection, parts: list[bytes | memoryview]
@@ -305,4 +305,4 @@ class SocketTransport:
             links.remove(connection)
             if not links:
                 del self._links[name]
-                self._inbox.append(Lost(name))
+                self._inbox.lose(name)

@@ -590,6 +590,38 @@ def test_frames_are_read_while_a_send_is_blocked(listener: Listener, deaf: Deaf)
     sender.close()
 
 
+def test_what_comes_during_a_send_is_bounded(deaf: Deaf) -> None:
+    sender = SocketTransport("sender", "secret", max_unread_bytes=40 << 20)
+    sender.connect("deaf", deaf.address)
+    thread = threading.Thread(target=sender.send, args=("deaf", BIG))
+    thread.start()
+    friend = SocketTransport("friend", "secret")
+    friend.connect("sender", sender.address)
+    num_sent = 0
+    with pytest.raises(PeerLost):
+        for num_sent in range(20):
+            friend.send("sender", BIG)
+    assert 2 <= num_sent <= 4, "two fit, the third is one too many, parts of more are on the way"
+    assert thread.is_alive(), "nobody else pays for it"
+    deaf.read(frame_parts(BIG)[1])
+    thread.join(5)
+    items = [sender.recv(1.0) for _ in range(4)]
+    assert [type(item) for item in items] == [Received] * 3 + [Lost]
+
+    def send_again() -> None:
+        friend.connect("sender", sender.address)
+        for _ in range(6):
+            friend.send("sender", BIG)
+
+    thread = threading.Thread(target=send_again)
+    thread.start()
+    for _ in range(6):
+        assert isinstance(sender.recv(5.0), Received), "what is taken is not counted for ever"
+    thread.join(5)
+    friend.close()
+    sender.close()
+
+
 def test_a_peer_that_dies_during_a_send_is_lost(deaf: Deaf) -> None:
     sender = SocketTransport("sender", "secret")
     sender.connect("deaf", deaf.address)
