@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from deploy.backends import kernel_choice, missing_for_mamba_ssm
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
+from deploy.exchange_bound import check_exchange
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
 from router.limits import EngineLimits
@@ -167,13 +168,16 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
     quantization = _quantization(args, config)
     stage_layers = split_layers(args, config, itemsize(dtype), quantization)
     costs = _cache_costs(args, config, dtype, stage_layers)
+    placement = None if local else _placement(args, config)
+    if placement is not None:
+        check_exchange(args.max_num_batched_tokens, config, itemsize(dtype))
     return GroupSpec(
         model_path=str(folder),
         dtype=dtype,
         executor=executor,
         dispatch=args.dispatch,
         stage_layers=stage_layers,
-        placement=None if local else _placement(args, config),
+        placement=placement,
         limits=_limits(args, config, costs, lookahead=not local and len(stage_layers) == 1),
         cache_costs=costs if args.kv_cache_memory is None else (),
         threads=args.threads or 1,

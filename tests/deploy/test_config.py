@@ -40,6 +40,10 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"expert_shards": 0, "executor": "pipeline"}, ["expert_shards=0", "1..16"]),
         ({"expert_shards": 17}, ["expert_shards=17", "1..16"]),
         ({"expert_shards": 2, "expert_replicas": 3}, ["expert_replicas=3", "1..2"]),
+        (
+            {"expert_shards": 2, "max_num_batched_tokens": 10**8},
+            ["max_num_batched_tokens=100000000", "at most", "1 GiB"],
+        ),
         ({"executor": "local", "stages": 2}, ["stages=2", "executor=local"]),
         ({"executor": "local", "expert_shards": 2}, ["expert_shards=2", "executor=local"]),
         ({"executor": "distributed"}, ["executor=distributed", "pipeline"]),
