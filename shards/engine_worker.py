@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -69,6 +70,10 @@ class EngineWorker(Worker):
         self._refusals: list[Refusal] = []
         self._started: list[int] = []
         self._told = EngineLoad()
+        # Every stage may take a whole deadline; its own loop is watched by its pulse.
+        self._patience_s = spec.group.deadlines.step_s * (len(spec.group.stage_layers) + 1)
+        self._moved_at = 0.0
+        """When a step last came back, or went into an empty pipeline."""
 
     @property
     def _core(self) -> EngineCore:
@@ -94,10 +99,12 @@ class EngineWorker(Worker):
         wanted: list[WantedRows] = []
         while (result := self._executor.poll(0.0)) is not None:
             if result.epoch == self._epoch:
+                self._moved_at = time.monotonic()
                 tokens.extend(self._core.apply(result))
                 wanted.extend(result.wanted)
         self._fill_pipeline()
         self._send(tuple(tokens), tuple(wanted))
+        self._look_for_stall()
 
     def on_frame(self, peer: str, frame: Frame) -> None:
         """Journal messages from the ingress, results from the last stage."""
@@ -135,6 +142,8 @@ class EngineWorker(Worker):
             plan = self._core.schedule()
             if plan is None:
                 return
+            if self._core.num_in_flight == 1:
+                self._moved_at = time.monotonic()
             if plan.new:
                 # Said before it is computed: if a worker dies of it, it is known of what.
                 self._started.extend(new.seq_id for new in plan.new)
@@ -145,6 +154,17 @@ class EngineWorker(Worker):
                 log.warning("a step of epoch %d is lost: %s", self._epoch, error)
                 self.report(WorkerEvent(lost_epoch=self._epoch))
                 return
+
+    def _look_for_stall(self) -> None:
+        """Everybody lives and waits, and the step comes back no more: give it up.
+
+        A loop that only waits is turned by its own pulse, so that this is looked at.
+        """
+        waited = time.monotonic() - self._moved_at
+        if self._core.num_in_flight and waited > self._patience_s:
+            log.error("a step of epoch %d has not come back for %.1f s", self._epoch, waited)
+            self._moved_at = time.monotonic()
+            self.report(WorkerEvent(lost_epoch=self._epoch))
 
     def _send(self, tokens: tuple[Token, ...], wanted: tuple[WantedRows, ...]) -> None:
         load = self._core.load()

@@ -10,7 +10,7 @@ import threading
 import pytest
 
 from router.step import SamplingParams
-from router.transport.base import Frame, Transport
+from router.transport.base import Frame, FrameKind, Transport
 from shards.group import ModelGroup
 from shards.spec import WorkerSpec
 from shards.stage_worker import StageWorker
@@ -114,6 +114,35 @@ async def test_a_loop_that_does_not_turn_is_stuck() -> None:
             with running_group("nano-dbrx") as healthy:
                 assert await answers == await ask_all(healthy, PROMPTS, GREEDY)
         leave.set()
+
+
+async def test_a_step_that_nobody_has_any_more_is_given_up() -> None:
+    """Everybody lives, every loop waits."""
+    lost: list[Frame] = []
+
+    def make(spec: WorkerSpec, transport: Transport) -> RunsForever:
+        worker = make_worker(spec, transport)
+        if isinstance(worker, StageWorker):
+            on_frame = worker.on_frame
+
+            def forgetful(peer: str, frame: Frame) -> None:
+                header = frame.header
+                begins = not lost and header.kind is FrameKind.STEP and header.step == 7
+                if begins or (lost and header.epoch == lost[0].header.epoch):
+                    lost.append(frame)
+                else:
+                    on_frame(peer, frame)
+
+            worker.on_frame = forgetful  # type: ignore[method-assign]
+        return worker
+
+    with running_group("nano-dbrx", expert_shards=2) as healthy:
+        expected = await ask_all(healthy, PROMPTS, GREEDY)
+    options = {"expert_shards": 2, "step_deadline": 1, "hang_deadline": 0.4}
+    with running_group("nano-dbrx", make=make, **options) as group:
+        assert await asyncio.wait_for(ask_all(group, PROMPTS, GREEDY), 60) == expected
+        assert lost
+        assert sum(w.deaths for w in group.workers()) == 0
 
 
 async def test_an_idle_group_notices_too() -> None:
