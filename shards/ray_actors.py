@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 log = logging.getLogger("conclave.launcher")
+
+_END_S = 10.0
+"""How long the end of a launcher waits for its own calls."""
 
 
 class ActorPlaces:
@@ -62,6 +66,38 @@ def kill(actor: Any) -> None:
         log.info("an actor was already gone: %s", error)
 
 
-def in_background(call: Callable[..., None], *arguments: Any) -> None:
-    """Make a call that asks Ray, and may wait, on a thread of its own."""
-    threading.Thread(target=call, args=arguments, daemon=True).start()
+class Background:
+    """Threads for calls that ask Ray and may wait. Thread-safe.
+
+    A call after Ray's end would start another Ray: none is begun or left under way by `close`.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+
+    def call(self, call: Callable[..., None], *arguments: Any) -> None:
+        """Make a call on a thread of its own; none once it is closed."""
+        thread = threading.Thread(target=self._run, args=(call, *arguments), daemon=True)
+        with self._lock:
+            if self._closed:
+                return
+            self._threads.add(thread)
+            thread.start()
+
+    def close(self) -> None:
+        """Begin no more, and wait for what is under way."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        until = time.monotonic() + _END_S
+        for thread in threads:
+            thread.join(max(0.0, until - time.monotonic()))
+
+    def _run(self, call: Callable[..., None], *arguments: Any) -> None:
+        try:
+            call(*arguments)
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())

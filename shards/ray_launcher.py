@@ -15,7 +15,7 @@ from shards.actors import DispatcherActor, EngineActor, ExpertActor, StageActor
 from shards.control import Started
 from shards.cores import num_compute_actors
 from shards.launcher import WorkerEvents
-from shards.ray_actors import ActorPlaces, in_background, kill
+from shards.ray_actors import ActorPlaces, Background, kill
 from shards.ray_spares import RaySpares
 from shards.spec import GroupSpec, Role, WorkerSpec, worker_specs
 
@@ -56,7 +56,8 @@ class RayLauncher:
 
     def __init__(self, prefix: str, group: PlacementGroup | None, num_cpus: float) -> None:
         self._places = ActorPlaces(prefix, group)
-        self._spares = RaySpares(self._places)
+        self._background = Background()
+        self._spares = RaySpares(self._places, self._background)
         self._num_cpus = num_cpus
         self._actors: dict[WorkerSpec, Any] = {}
         # Never held across a call into Ray: its own threads take this lock too.
@@ -66,7 +67,7 @@ class RayLauncher:
     def spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         """Start the worker on a thread of its own: placement may have to wait for a node."""
         self._spares.on_spawn(spec)
-        in_background(self._spawn, spec, events)
+        self._background.call(self._spawn, spec, events)
 
     def _spawn(self, spec: WorkerSpec, events: WorkerEvents) -> None:
         try:
@@ -103,7 +104,7 @@ class RayLauncher:
         if error is not None:
             # A ValueError is our own verdict on checkpoint or configuration: trying again is vain.
             cause = getattr(error, "cause", None)
-            in_background(kill, actor)
+            self._background.call(kill, actor)
             self._on_died(spec, events, str(cause or error), isinstance(cause, ValueError))
             return
         events.started(spec, future.result())
@@ -116,7 +117,7 @@ class RayLauncher:
     ) -> None:
         error = future.exception()
         # Its process may live, and hold the weights, for as long as anybody knows the actor.
-        in_background(kill, actor)
+        self._background.call(kill, actor)
         self._on_died(spec, events, str(error) if error else "its data loop returned")
 
     def _on_died(
@@ -142,3 +143,4 @@ class RayLauncher:
         self._spares.close()
         for actor in actors.values():
             kill(actor)
+        self._background.close()

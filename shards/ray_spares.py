@@ -13,7 +13,7 @@ from typing import Any
 import ray
 
 from shards.actors import SpareActor
-from shards.ray_actors import ActorPlaces, in_background, kill
+from shards.ray_actors import ActorPlaces, Background, kill
 from shards.spares import Spares
 from shards.spec import GroupSpec, WorkerSpec
 
@@ -28,8 +28,9 @@ _ALIVE_S = 1.0
 class RaySpares:
     """`Spares` whose processes are actors `{prefix}/spare-{n}`. Thread-safe."""
 
-    def __init__(self, places: ActorPlaces) -> None:
+    def __init__(self, places: ActorPlaces, background: Background) -> None:
         self._places = places
+        self._background = background
         self._spares: Spares[Any] = Spares()
         self._numbers = itertools.count()
         # Never held across a call into Ray: its own threads take this lock too.
@@ -45,7 +46,7 @@ class RaySpares:
         with self._lock:
             self._spares.on_answered(spec)
         if spec.group.warm_spare:
-            in_background(self._make, spec.group)
+            self._background.call(self._make, spec.group)
 
     def on_died(self, spec: WorkerSpec) -> None:
         """A worker ended."""
@@ -110,4 +111,4 @@ class RaySpares:
             was_waiting = self._spares.on_ended(spare, time.monotonic())
         if was_waiting:
             log.info("a spare has ended: %s", future.exception())
-            in_background(self._make, group)
+            self._background.call(self._make, group)
