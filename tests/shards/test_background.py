@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+import pytest
+
 from shards.ray_actors import Background
 
 
@@ -29,13 +31,14 @@ def test_the_end_waits_for_what_is_under_way_and_begins_nothing() -> None:
     assert calls == ["first"]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_one_that_fails_is_not_waited_for() -> None:
     background = Background()
     failed = threading.Event()
 
     def fail() -> None:
         failed.set()
-        raise SystemExit
+        raise RuntimeError("as a test")
 
     background.call(fail)
     assert failed.wait(10)
