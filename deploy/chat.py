@@ -44,6 +44,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
@@ -52,7 +53,7 @@ class ChatTemplate:
             **self._special_tokens,
             **(variables or {}),
             "messages": _mark_last(messages) if continue_final_message else messages,
-            "tools": None,
+            "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
