@@ -90,6 +90,8 @@ class Ingress:
             resolved.model_path,
             resolved.vocab_size,
             spec.limits.max_model_len,
+            chat_template=resolved.chat_template,
+            trust_request_chat_template=resolved.trust_request_chat_template,
         )
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))
@@ -121,6 +123,14 @@ class Ingress:
     async def classify(self, body: Json) -> Any:
         """What /v1/classify answers."""
         return await _or_error(self._service.classify, body)
+
+    async def tokenize(self, body: Json) -> Any:
+        """What /tokenize answers."""
+        return await _or_error(self._service.tokenize, body)
+
+    async def detokenize(self, body: Json) -> Any:
+        """What /detokenize answers."""
+        return await _or_error(self._service.detokenize, body)
 
     async def forward(self, body: Json) -> Any:
         """One forward over a batch of token ids: numpy arrays as Transformers names them."""

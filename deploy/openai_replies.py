@@ -56,11 +56,6 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
     }
 
 
-def warnings(unknown_fields: Sequence[str]) -> tuple[str, ...]:
-    """One sentence for each field that nobody here knows."""
-    return tuple(f"unknown field {name} has no effect" for name in unknown_fields)
-
-
 def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json:
     """The object around choices."""
     if context.chat:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.served_model import ServedModel
+from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.truncation import truncated
 
 TokenIds = tuple[int, ...]
 
@@ -21,19 +23,24 @@ class Prompt:
     text: str | None = None
 
 
-def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> Prompt:
+def chat_prompt(
+    model: ServedModel, request: ChatRequest | ClassifyRequest | TokenizeRequest
+) -> Prompt:
     """The rendered `messages`. Raises ApiError."""
     tokenizer = model.need_tokenizer("messages")
-    text = model.need_template().render(
+    text = model.need_template(request.chat_template).render(
         [message.for_template() for message in request.messages or ()],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         documents=request.documents,
-        variables=request.chat_template_kwargs,
+        variables=request.variables,
     )
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
-    return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"))
+    token_ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
+    if isinstance(request, ChatRequest):
+        token_ids = truncated(token_ids, request, model.max_model_len)
+    return Prompt(token_ids=token_ids)
 
 
 def text_prompts(
@@ -49,7 +56,15 @@ def text_prompts(
             prompts.append(Prompt(token_ids=ids, text=given))
         else:
             prompts.append(Prompt(token_ids=tuple(given)))
+    if isinstance(request, CompletionRequest):
+        prompts = [_cut(prompt, request, model.max_model_len) for prompt in prompts]
     return prompts
+
+
+def _cut(prompt: Prompt, request: CompletionRequest, max_model_len: int) -> Prompt:
+    kept = truncated(prompt.token_ids, request, max_model_len)
+    # An echo shows what the model has seen.
+    return prompt if kept == prompt.token_ids else Prompt(token_ids=kept)
 
 
 def check_tokens(model: ServedModel, token_ids: Sequence[int], param: str) -> None:
