@@ -143,8 +143,17 @@ class ChatTemplates:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> str:
-        """`ChatTemplate.render` of the one that is chosen. Raises ApiError 400."""
-        return self.choose(tools).render(messages, tools=tools, **options)
+        """`ChatTemplate.render` of the one that is chosen. Raises ApiError 400.
+
+        OpenAI's newer name of the system's turns, `developer`, is theirs to templates without it.
+        """
+        template = self.choose(tools)
+        if "developer" not in template.source:
+            messages = [
+                {**message, "role": "system"} if message.get("role") == "developer" else message
+                for message in messages
+            ]
+        return template.render(messages, tools=tools, **options)
 
 
 def _refuse_own_fields(variables: Mapping[str, Any]) -> None:

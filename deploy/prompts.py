@@ -32,6 +32,7 @@ def chat_prompt(
         [message.for_template() for message in request.messages or ()],
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
+        tools=request.tools if isinstance(request, TokenizeRequest) else None,
         documents=request.documents,
         variables=request.variables,
     )
