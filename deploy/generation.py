@@ -35,6 +35,8 @@ class ChoicePlan:
     include_stop: bool
     skip_special_tokens: bool
     want: Want = NOTHING
+    grammar: str | None = None
+    """What llguidance's `LLMatcher` takes; None: any text."""
     echo: Echo | None = None
 
 
@@ -69,10 +71,11 @@ def plan_choices(
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[tuple[int, ...]],
     echoes: Sequence[Echo] = (),
+    grammar: str | None = None,
 ) -> list[ChoicePlan]:
     """`n` sequences per prompt, numbered as OpenAI does; `echoes` are the prompts' own, if any.
 
-    Raises ApiError.
+    Every answer keeps to `grammar`. Raises ApiError.
     """
     if request.stop_strings:
         model.need_tokenizer("stop")
@@ -94,6 +97,7 @@ def plan_choices(
                     include_stop=request.include_stop_str_in_output,
                     skip_special_tokens=request.skip_special_tokens,
                     want=want,
+                    grammar=grammar,
                     echo=echo,
                 )
             )
@@ -175,6 +179,7 @@ async def run_choice(
         plan.sampling,
         priority=plan.priority,
         want=plan.want,
+        grammar=plan.grammar,
         cache_salt=plan.cache_salt,
     )
     try:
