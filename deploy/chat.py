@@ -11,6 +11,7 @@ from typing import Any
 
 from jinja2 import Template, TemplateError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.nodes import CallBlock, Node
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -31,12 +32,19 @@ class ChatTemplate:
     """One compiled template and the special tokens that it may name."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _compile(source)
         # Odd nesting fails in Python's own compiler, with errors that are not Jinja's.
         except Exception as error:
             raise ChatTemplateError(f"the chat template does not compile: {error}") from error
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of the variables that it looks at, in whichever branch."""
+        tree = self._template.environment.parse(self.source)
+        return frozenset(find_undeclared_variables(tree))
 
     def render(
         self,

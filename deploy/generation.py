@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from deploy.answer_reader import PLAIN, AnswerReader, Reading
 from deploy.compute import Arrays
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, CompletionRequest
@@ -16,10 +17,12 @@ from deploy.sampling import sampling_params
 from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatcher
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.tool_calls import CallDelta
 from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
 from shards.client import ModelClient
 
 _COMPLETION_MAX_TOKENS = 16
+_TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,11 +41,12 @@ class ChoicePlan:
     grammar: str | None = None
     """What llguidance's `LLMatcher` takes; None: any text."""
     echo: Echo | None = None
+    reading: Reading = PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """One token's contribution to a choice; `text` may lag behind the token or run empty.
+    """One token's contribution to a choice; `text`, of its content, may lag behind or run empty.
 
     `offset` is where the token's own text begins in the text that was generated. `prompt` holds
     what was wanted of the prompt; it comes with the first delta.
@@ -54,6 +58,10 @@ class Delta:
     offset: int
     finish: str | None
     prompt: Arrays | None = None
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    thinking: bool = False
+    """Whether the token belongs to the reasoning."""
 
     @property
     def is_first(self) -> bool:
@@ -72,6 +80,7 @@ def plan_choices(
     prompts: Sequence[tuple[int, ...]],
     echoes: Sequence[Echo] = (),
     grammar: str | None = None,
+    reading: Reading = PLAIN,
 ) -> list[ChoicePlan]:
     """`n` sequences per prompt, numbered as OpenAI does; `echoes` are the prompts' own, if any.
 
@@ -99,6 +108,7 @@ def plan_choices(
                     want=want,
                     grammar=grammar,
                     echo=echo,
+                    reading=reading,
                 )
             )
     return plans
@@ -143,9 +153,14 @@ class ChoiceText:
         self._detokenizer = (
             None
             if tokenizer is None
-            else Detokenizer(tokenizer, skip_special_tokens=plan.skip_special_tokens)
+            else Detokenizer(
+                tokenizer,
+                skip_special_tokens=plan.skip_special_tokens,
+                visible_ids=plan.reading.visible_ids,
+            )
         )
         self._matcher = StopMatcher(plan.stops, include=plan.include_stop)
+        self._reader = None if plan.reading == PLAIN else AnswerReader(plan.reading)
         self._decoded = 0
 
     def push(self, token: Token) -> Delta:
@@ -166,7 +181,25 @@ class ChoiceText:
             finish = str(FinishReason.STOP)
         elif finish is not None:
             text += self._matcher.flush()
-        return Delta(index=self._plan.index, token=token, text=text, offset=offset, finish=finish)
+        delta = Delta(index=self._plan.index, token=token, text=text, offset=offset, finish=finish)
+        return delta if self._reader is None else _read(self._reader, delta)
+
+
+def _read(reader: AnswerReader, delta: Delta) -> Delta:
+    """The delta with its text divided into parts; calls that are made are why an answer ends."""
+    was_thinking = reader.thinking
+    parts = reader.push(delta.text, last=delta.finish is not None)
+    finish = delta.finish
+    if reader.done or (reader.has_calls and finish == str(FinishReason.STOP)):
+        finish = _TOOL_CALLS
+    return replace(
+        delta,
+        text=parts.content,
+        reasoning=parts.reasoning,
+        calls=parts.calls,
+        thinking=was_thinking or reader.thinking,
+        finish=finish,
+    )
 
 
 async def run_choice(

@@ -68,6 +68,8 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "dtype": resolved.spec.dtype,
         "heads": sorted(resolved.facts.heads),
         "quantization": resolved.spec.quantization,
+        "tool_call_parser": resolved.tool_call_parser,
+        "reasoning_parser": resolved.reasoning_parser,
         "threads": resolved.spec.threads,
         "kernels": resolved.spec.kernels,
         "kernel_backends": backends(resolved.spec.kernels),
@@ -90,6 +92,8 @@ class Ingress:
             resolved.model_path,
             resolved.vocab_size,
             spec.limits.max_model_len,
+            tool_call_parser=resolved.tool_call_parser,
+            reasoning_parser=resolved.reasoning_parser,
         )
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))

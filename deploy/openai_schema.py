@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from deploy.openai_errors import ApiError
+from deploy.tool_schema import MAX_TOOLS, Tool, ToolCall, ToolChoice, refuse_tool_choice
 from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
 
 INT64 = 2**63
@@ -99,13 +100,33 @@ class Message(_Strict):
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
     content: str | list[TextPart] | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_role(self) -> Message:
+        if self.role == "tool" and self.tool_call_id is None:
+            raise ValueError("tool_call_id: required with the role tool")
+        if self.role != "assistant" and self.tool_calls:
+            raise ValueError("tool_calls: allowed is the role assistant")
+        return self
 
     def for_template(self) -> dict[str, Any]:
         """The turn as chat templates expect it: content parts joined by line breaks."""
         content = self.content
         if isinstance(content, list):
             content = "\n".join(part.text for part in content)
-        return {"role": self.role, "content": content, **(self.model_extra or {})}
+        turn = {"role": self.role, "content": content, **(self.model_extra or {})}
+        if self.tool_calls:
+            # Published templates look into the text even where there are only calls.
+            turn["content"] = content or ""
+            turn["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        if self.reasoning_content is not None:
+            turn["reasoning_content"] = self.reasoning_content
+        return turn
 
 
 class ChatRequest(GenerationRequest):
@@ -120,6 +141,10 @@ class ChatRequest(GenerationRequest):
     add_special_tokens: bool = False
     documents: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -223,8 +248,10 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
     if isinstance(request, CompletionRequest):
         if request.max_tokens == 0 and not request.echo:
             raise ApiError("max_tokens: 0 is only allowed with echo=true", param="max_tokens")
-    elif request.top_logprobs is not None and not request.logprobs:
+        return
+    if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
+    refuse_tool_choice(request.tools or (), request.tool_choice)
 
 
 def _refuse_input(request: ClassifyRequest) -> None:

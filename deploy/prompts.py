@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploy.answer_reader import PLAIN, Reading
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.tool_choice import arrange, reading_of
 
 TokenIds = tuple[int, ...]
 
@@ -19,13 +21,19 @@ class Prompt:
 
     token_ids: TokenIds
     text: str | None = None
+    reading: Reading = PLAIN
+    """How its answers are read."""
 
 
 def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> Prompt:
     """The rendered `messages`. Raises ApiError."""
     tokenizer = model.need_tokenizer("messages")
+    chat = request if isinstance(request, ChatRequest) else None
+    messages = [message.for_template() for message in request.messages or ()]
+    messages, tools = arrange(model, messages, chat)
     text = model.need_template().render(
-        [message.for_template() for message in request.messages or ()],
+        messages,
+        tools=tools,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         documents=request.documents,
@@ -33,7 +41,10 @@ def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> P
     )
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
-    return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"))
+    return Prompt(
+        token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"),
+        reading=PLAIN if chat is None else reading_of(model, chat, text),
+    )
 
 
 def text_prompts(

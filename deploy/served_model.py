@@ -13,7 +13,9 @@ from typing import Any
 from deploy.chat import ChatTemplate, load_chat_template
 from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
+from deploy.reasoning import choose_reasoning
 from deploy.tokenizer import TextTokenizer, load_tokenizer
+from deploy.tool_formats import choose_format
 
 _INT64_END = 2**63
 """Token ids and `top_k` travel to the engine as 64-bit integers."""
@@ -73,6 +75,8 @@ class ServedModel:
     template: ChatTemplate | None
     defaults: SamplingDefaults
     warnings: tuple[str, ...] = ()
+    tool_call_parser: str = "none"
+    reasoning_parser: str = "none"
     created: int = field(default_factory=lambda: int(time.time()))
 
     def need_tokenizer(self, param: str) -> TextTokenizer:
@@ -97,13 +101,23 @@ class ServedModel:
         return self.template
 
 
-def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int) -> ServedModel:
+def load_served_model(
+    name: str,
+    path: str,
+    vocab_size: int,
+    max_model_len: int,
+    *,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+) -> ServedModel:
     """Read tokenizer, chat template and generation defaults. Raises ValueError."""
     folder = Path(path)
     tokenizer, warnings = load_tokenizer(folder)
     template, more = load_chat_template(folder)
     defaults, still_more = load_defaults(folder, tokenizer)
     defaults, unknown = _in_vocabulary(defaults, vocab_size)
+    source = None if template is None else template.source
+    variables = () if template is None else template.reads
     return ServedModel(
         name=name,
         path=path,
@@ -113,6 +127,8 @@ def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int)
         template=template,
         defaults=defaults,
         warnings=(*warnings, *more, *still_more, *unknown),
+        tool_call_parser=choose_format(tool_call_parser, source, variables),
+        reasoning_parser=choose_reasoning(reasoning_parser, source),
     )
 
 

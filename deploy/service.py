@@ -25,6 +25,7 @@ from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.served_model import ServedModel
+from deploy.tool_choice import forced_calls, tool_warnings
 from router.step import Want
 from shards.client import GroupState, ModelClient
 
@@ -164,7 +165,10 @@ class ApiService:
     ) -> Json | AsyncGenerator[Json, None]:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
-        plans = plan_choices(self._model, request, token_ids, echoes)
+        reading, grammar = prompts[0].reading, None
+        if isinstance(request, ChatRequest):
+            grammar = await asyncio.to_thread(forced_calls, self._model, request, reading)
+        plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_ready()
         self._admission.check(len(plans))
         answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
@@ -228,7 +232,10 @@ class ApiService:
             token_ids=bool(request.return_token_ids),
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
-            warnings=warnings(request.unknown_fields),
+            warnings=(
+                *warnings(request.unknown_fields),
+                *(tool_warnings(request) if isinstance(request, ChatRequest) else ()),
+            ),
         )
 
 

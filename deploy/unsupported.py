@@ -10,7 +10,7 @@ from deploy.openai_errors import ApiError
 # Bookkeeping of OpenAI clients: no effect on the answer by its own definition.
 IGNORED_FIELDS = frozenset(
     {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
-    | {"request_id", "parallel_tool_calls", "spaces_between_special_tokens"}
+    | {"request_id", "spaces_between_special_tokens"}
 )
 
 
@@ -34,8 +34,8 @@ def _is_text_list(value: Any) -> bool:
 _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (_is([]), "an empty list"),
     "tool_choice": (_is("none", "auto"), "none, auto"),
-    "functions": (_is([]), "an empty list"),
-    "function_call": (_is("none", "auto"), "none, auto"),
+    "functions": (_is([]), "an empty list; use tools instead"),
+    "function_call": (_is("none", "auto"), "none, auto; use tool_choice instead"),
     "response_format": (_is_text, '{"type": "text"}'),
     "structured_outputs": (_is({}), "an empty object"),
     "guided_json": (_is(), "null"),

@@ -1,0 +1,128 @@
+"""What a chat request asks of tools and reasoning: prompt, reading of the answers, grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deploy.answer_reader import Reading
+from deploy.openai_errors import ApiError
+from deploy.openai_schema import ChatRequest
+from deploy.reasoning import MARKERS as REASONING_MARKERS
+from deploy.reasoning import ends_in_reasoning
+from deploy.served_model import ServedModel
+from deploy.structured_outputs import lark_grammar
+from deploy.tokenizer import TextTokenizer
+from deploy.tool_formats import FORMATS, JSON
+from deploy.tool_grammar import calls_grammar, reasoning_rule
+from deploy.tool_prompt import describe_tools, with_tools
+from deploy.tool_schema import NamedTool
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
+
+
+def tools_in_use(request: ChatRequest) -> Tools:
+    """The tools that the model is shown: with `tool_choice` none it is shown none."""
+    if request.tool_choice == "none":
+        return []
+    return [tool.as_sent for tool in request.tools or ()]
+
+
+def arrange(
+    model: ServedModel, messages: Messages, request: ChatRequest | None
+) -> tuple[Messages, Tools | None]:
+    """Messages and tools for the chat template, of a request that may have tools.
+
+    Raises ApiError where this model has no way to call them.
+    """
+    tools = [] if request is None else tools_in_use(request)
+    if model.tool_call_parser == JSON.name:
+        # Such a template would drop the turns of tools without a word.
+        return with_tools(messages, _description(request, tools)), None
+    if tools and model.tool_call_parser == "none":
+        raise ApiError(
+            "tools: this server does not read tool calls of this model (tool_call_parser is none)",
+            param="tools",
+            code="unsupported_parameter",
+        )
+    return messages, tools or None
+
+
+def reading_of(model: ServedModel, request: ChatRequest, prompt: str) -> Reading:
+    """How answers to the rendered `prompt` are read."""
+    form = FORMATS[model.tool_call_parser] if tools_in_use(request) else None
+    reasons = model.reasoning_parser == "think"
+    markers = (*(form.markers if form is not None else ()), *(REASONING_MARKERS if reasons else ()))
+    return Reading(
+        tool_format=form,
+        one_call=request.parallel_tool_calls is False or isinstance(request.tool_choice, NamedTool),
+        reasoning=reasons,
+        reasoning_opened=reasons and ends_in_reasoning(prompt),
+        show_reasoning=request.include_reasoning,
+        visible_ids=frozenset(_special_ids(model.tokenizer, markers).values()),
+    )
+
+
+def forced_calls(model: ServedModel, request: ChatRequest, reading: Reading) -> str | None:
+    """The grammar of a `tool_choice` that leaves no choice, else None. Raises ApiError."""
+    form, functions = reading.tool_format, _must_call(request)
+    if form is None or not functions:
+        return None
+    special_ids = _special_ids(model.tokenizer, (*form.markers, *REASONING_MARKERS))
+    first = ""
+    if reading.reasoning:
+        first = reasoning_rule(opened=reading.reasoning_opened, special_ids=special_ids)
+    try:
+        text = calls_grammar(
+            form,
+            functions,
+            one_call=reading.one_call,
+            special_ids=special_ids,
+            reasoning=first,
+        )
+    except (ValueError, RecursionError) as error:
+        raise ApiError(f"tools: a function's parameters: {error}", param="tools") from error
+    return lark_grammar(text, param="tools")
+
+
+def tool_warnings(request: ChatRequest) -> tuple[str, ...]:
+    """What is asked of tools and has no effect."""
+    if _must_call(request):
+        return ()
+    return tuple(
+        f"tools.{i}.function.strict has no effect where tool_choice is not required or a function"
+        for i, tool in enumerate(request.tools or ())
+        if tool.function.strict
+    )
+
+
+def _must_call(request: ChatRequest) -> list[dict[str, Any]]:
+    """The functions of which one has to be called; empty where there is a choice."""
+    functions = [tool.function.as_sent for tool in request.tools or ()]
+    if isinstance(request.tool_choice, NamedTool):
+        name = request.tool_choice.function.name
+        return [function for function in functions if function["name"] == name][:1]
+    return functions if request.tool_choice == "required" else []
+
+
+def _description(request: ChatRequest | None, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The system prompt's part; empty without tools."""
+    if request is None or not tools:
+        return ""
+    must_call = ""
+    if isinstance(request.tool_choice, NamedTool):
+        must_call = f"Call {request.tool_choice.function.name} now."
+    elif request.tool_choice == "required":
+        must_call = "You must call a function now."
+    if request.parallel_tool_calls is False and not isinstance(request.tool_choice, NamedTool):
+        must_call = f"{must_call} Make one call at most.".strip()
+    return describe_tools([tool["function"] for tool in tools], must_call=must_call)
+
+
+def _special_ids(tokenizer: TextTokenizer | None, texts: Sequence[str]) -> dict[str, int]:
+    if tokenizer is None:
+        return {}
+    ids = ((text, tokenizer.token_id(text)) for text in texts)
+    special = tokenizer.special_ids
+    return {text: found for text, found in ids if found is not None and found in special}
