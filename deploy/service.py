@@ -14,6 +14,7 @@ import numpy as np
 
 from deploy.admission import Admission
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.answer_format import requested_grammar
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
@@ -164,7 +165,8 @@ class ApiService:
     ) -> Json | AsyncGenerator[Json, None]:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
-        plans = plan_choices(self._model, request, token_ids, echoes)
+        grammar = await asyncio.to_thread(requested_grammar, self._model, request)
+        plans = plan_choices(self._model, request, token_ids, echoes, grammar)
         self._check_ready()
         self._admission.check(len(plans))
         answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
