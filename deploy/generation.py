@@ -88,6 +88,11 @@ def plan_choices(
     """
     if request.stop_strings:
         model.need_tokenizer("stop")
+    if grammar is not None and request.ignore_eos:
+        raise ApiError(
+            "ignore_eos: not allowed here, for a constrained answer ends where its form does",
+            param="ignore_eos",
+        )
     n = request.n or 1
     plans: list[ChoicePlan] = []
     sampling = sampling_params(model, request)
@@ -166,8 +171,10 @@ class ChoiceText:
     def push(self, token: Token) -> Delta:
         """The delta of the next token; its `finish` ends the choice."""
         offset = self._decoded
-        # The token that ended the sequence is not part of the answer.
-        hidden = token.finish is FinishReason.STOP and not self._plan.include_stop
+        # A stop token is not part of the answer; the last token of a grammar is.
+        is_stop = token.token_id in self._plan.sampling.stop_token_ids
+        is_stop = is_stop or self._plan.grammar is None
+        hidden = token.finish is FinishReason.STOP and is_stop and not self._plan.include_stop
         hidden = hidden or token.token_id == NO_TOKEN
         text = "" if hidden or self._detokenizer is None else self._detokenizer.push(token.token_id)
         if token.finish is not None and self._detokenizer is not None:

@@ -19,6 +19,7 @@ from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
 from deploy.version import VERSION
+from deploy.vocabulary import vocabulary_of
 from models.kernels.choice import backends, resolve_kernels
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores, default_threads
@@ -86,7 +87,6 @@ class Ingress:
         self._api_keys = resolved.api_keys
         # Chosen here, where the weights will be, and not wherever the command was typed.
         spec = await asyncio.to_thread(settle, resolved)
-        resolved = replace(resolved, spec=spec)
         model = load_served_model(
             resolved.served_model_name,
             resolved.model_path,
@@ -95,6 +95,9 @@ class Ingress:
             tool_call_parser=resolved.tool_call_parser,
             reasoning_parser=resolved.reasoning_parser,
         )
+        # 100 000 tokens take a few tenths of a second.
+        vocabulary = await asyncio.to_thread(vocabulary_of, model)
+        resolved = replace(resolved, spec=replace(spec, vocabulary=vocabulary))
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))
         context = serve.get_replica_context()

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.answer_format import ResponseFormat, StructuredOutputs
 from deploy.openai_errors import ApiError
 from deploy.tool_schema import MAX_TOOLS, Tool, ToolCall, ToolChoice, refuse_tool_choice
 from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
@@ -69,6 +70,8 @@ class GenerationRequest(_Strict):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: Priority = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from deploy.admission import Admission
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.answer_grammar import answer_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
@@ -25,7 +26,6 @@ from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.served_model import ServedModel
-from deploy.tool_choice import forced_calls, tool_warnings
 from router.step import Want
 from shards.client import GroupState, ModelClient
 
@@ -165,9 +165,8 @@ class ApiService:
     ) -> Json | AsyncGenerator[Json, None]:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
-        reading, grammar = prompts[0].reading, None
-        if isinstance(request, ChatRequest):
-            grammar = await asyncio.to_thread(forced_calls, self._model, request, reading)
+        reading = prompts[0].reading
+        grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_ready()
         self._admission.check(len(plans))
@@ -234,7 +233,7 @@ class ApiService:
             continuous_usage=options is not None and options.continuous_usage_stats,
             warnings=(
                 *warnings(request.unknown_fields),
-                *(tool_warnings(request) if isinstance(request, ChatRequest) else ()),
+                *grammar_warnings(self._model, request),
             ),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from llguidance import LLMatcher
@@ -25,18 +26,42 @@ _EVERY_TOKENIZATION = '\n%llguidance {"no_forcing": true}\n'
 # Special tokens are looked up where the vocabulary is, in the last stage.
 _EXPECTED_WARNING = "no tokenizer"
 _MAX_REASON = 300
+# A space, or a new line and its indentation: a model that has lost its way could otherwise go on
+# with white space for ever.
+_SPACES = {"whitespace_pattern": r"[ \t]?|\r?\n[ \t]{0,32}"}
 _PLACE_OF_SCHEMA = re.compile(r"^at 1\(8\): (failed to compile JSON schema: )?")
 
 
 def schema_grammar(
-    schema: Mapping[str, Any] | bool, *, param: str = "structured_outputs.json"
+    schema: Mapping[str, Any] | bool,
+    *,
+    param: str = "structured_outputs.json",
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """JSON that the schema allows, its properties in the schema's order."""
+    """JSON that the schema allows, its properties in the schema's order.
+
+    `options` are llguidance's own, which the schema may hold as `x-guidance`.
+    """
+    return _checked(f"start: {lark_json(schema, param=param, options=options)}", param)
+
+
+def lark_json(
+    schema: Mapping[str, Any] | bool,
+    *,
+    param: str = "structured_outputs.json",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> str:
+    """`%json {...}`: the schema as a part of Lark text, which is yet to be checked."""
+    if schema is True:
+        schema = {}
+    if isinstance(schema, Mapping):
+        own = schema.get("x-guidance", {})
+        if isinstance(own, Mapping):
+            schema = {**schema, "x-guidance": {**_SPACES, **own, **options}}
     try:
-        text = json.dumps(schema, allow_nan=False)
+        return f"%json {json.dumps(schema, allow_nan=False)}"
     except (ValueError, TypeError, RecursionError) as error:
         raise _refused(param, f"not a JSON schema: {error}") from error
-    return _checked(f"start: %json {text}", param)
 
 
 def choice_grammar(texts: Sequence[str], *, param: str = "structured_outputs.choice") -> str:

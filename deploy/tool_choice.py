@@ -1,4 +1,4 @@
-"""What a chat request asks of tools and reasoning: prompt, reading of the answers, grammar."""
+"""What a chat request asks of tools and reasoning: for its prompt, and for reading its answers."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from deploy.openai_schema import ChatRequest
 from deploy.reasoning import MARKERS as REASONING_MARKERS
 from deploy.reasoning import ends_in_reasoning
 from deploy.served_model import ServedModel
-from deploy.structured_outputs import lark_grammar
 from deploy.tokenizer import TextTokenizer
 from deploy.tool_formats import FORMATS, JSON
-from deploy.tool_grammar import calls_grammar, reasoning_rule
 from deploy.tool_prompt import describe_tools, with_tools
 from deploy.tool_schema import NamedTool
 
@@ -60,44 +58,11 @@ def reading_of(model: ServedModel, request: ChatRequest, prompt: str) -> Reading
         reasoning=reasons,
         reasoning_opened=reasons and ends_in_reasoning(prompt),
         show_reasoning=request.include_reasoning,
-        visible_ids=frozenset(_special_ids(model.tokenizer, markers).values()),
+        visible_ids=frozenset(special_ids(model.tokenizer, markers).values()),
     )
 
 
-def forced_calls(model: ServedModel, request: ChatRequest, reading: Reading) -> str | None:
-    """The grammar of a `tool_choice` that leaves no choice, else None. Raises ApiError."""
-    form, functions = reading.tool_format, _must_call(request)
-    if form is None or not functions:
-        return None
-    special_ids = _special_ids(model.tokenizer, (*form.markers, *REASONING_MARKERS))
-    first = ""
-    if reading.reasoning:
-        first = reasoning_rule(opened=reading.reasoning_opened, special_ids=special_ids)
-    try:
-        text = calls_grammar(
-            form,
-            functions,
-            one_call=reading.one_call,
-            special_ids=special_ids,
-            reasoning=first,
-        )
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"tools: a function's parameters: {error}", param="tools") from error
-    return lark_grammar(text, param="tools")
-
-
-def tool_warnings(request: ChatRequest) -> tuple[str, ...]:
-    """What is asked of tools and has no effect."""
-    if _must_call(request):
-        return ()
-    return tuple(
-        f"tools.{i}.function.strict has no effect where tool_choice is not required or a function"
-        for i, tool in enumerate(request.tools or ())
-        if tool.function.strict
-    )
-
-
-def _must_call(request: ChatRequest) -> list[dict[str, Any]]:
+def must_call(request: ChatRequest) -> list[dict[str, Any]]:
     """The functions of which one has to be called; empty where there is a choice."""
     functions = [tool.function.as_sent for tool in request.tools or ()]
     if isinstance(request.tool_choice, NamedTool):
@@ -110,17 +75,18 @@ def _description(request: ChatRequest | None, tools: Sequence[Mapping[str, Any]]
     """The system prompt's part; empty without tools."""
     if request is None or not tools:
         return ""
-    must_call = ""
+    must = ""
     if isinstance(request.tool_choice, NamedTool):
-        must_call = f"Call {request.tool_choice.function.name} now."
+        must = f"Call {request.tool_choice.function.name} now."
     elif request.tool_choice == "required":
-        must_call = "You must call a function now."
+        must = "You must call a function now."
     if request.parallel_tool_calls is False and not isinstance(request.tool_choice, NamedTool):
-        must_call = f"{must_call} Make one call at most.".strip()
-    return describe_tools([tool["function"] for tool in tools], must_call=must_call)
+        must = f"{must} Make one call at most.".strip()
+    return describe_tools([tool["function"] for tool in tools], must_call=must)
 
 
-def _special_ids(tokenizer: TextTokenizer | None, texts: Sequence[str]) -> dict[str, int]:
+def special_ids(tokenizer: TextTokenizer | None, texts: Sequence[str]) -> dict[str, int]:
+    """Those of `texts` that are special tokens, with their ids."""
     if tokenizer is None:
         return {}
     ids = ((text, tokenizer.token_id(text)) for text in texts)

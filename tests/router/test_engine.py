@@ -57,7 +57,6 @@ def step(core: EngineCore, token_id: int = 7) -> tuple[Token, ...]:
         (admit_of(want=Want(score_position=0)), "want.score_position=0 with max_tokens=3"),
         (admit_of(max_tokens=0, want=Want(score_position=2)), "outside the prompt: allowed 0..1"),
         (admit_of(max_tokens=0, want=Want(logits=True, logits_positions=(1, 1))), "rising"),
-        (admit_of(grammar="{}"), "grammar"),
     ],
 )
 def test_what_can_never_be_served_is_refused_by_name(admit: Admit, named: str) -> None:
