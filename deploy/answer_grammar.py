@@ -1,4 +1,4 @@
-"""The grammar of a request's answers: reasoning, forced tool calls and structured outputs as one."""
+"""The grammar of a request's answers: reasoning, tool calls and structured outputs as one."""
 
 from __future__ import annotations
 

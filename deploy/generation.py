@@ -18,10 +18,10 @@ from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatcher
 from deploy.tokenizer import Detokenizer, TextTokenizer
 from deploy.tool_calls import CallDelta
+from deploy.truncation import COMPLETION_MAX_TOKENS
 from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
 from shards.client import ModelClient
 
-_COMPLETION_MAX_TOKENS = 16
 _TOOL_CALLS = "tool_calls"
 
 
@@ -144,7 +144,7 @@ def _max_tokens(
         asked = f"{len(prompt)} in the prompt and {wanted} in {key} were requested"
         raise too_long(model, asked, key)
     if wanted is None:
-        wanted = room if chat else min(room, _COMPLETION_MAX_TOKENS)
+        wanted = room if chat else min(room, COMPLETION_MAX_TOKENS)
     if request.min_tokens > wanted:
         raise ApiError(f"min_tokens: must not exceed max_tokens={wanted}", param="min_tokens")
     return wanted

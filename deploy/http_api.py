@@ -51,6 +51,14 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
     async def classify(request: Request) -> Response:
         return await _generate(request, service.classify)
 
+    @route("/tokenize", "POST")
+    async def tokenize(request: Request) -> Response:
+        return await _generate(request, service.tokenize)
+
+    @route("/detokenize", "POST")
+    async def detokenize(request: Request) -> Response:
+        return await _generate(request, service.detokenize)
+
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
         return _json(service.models())

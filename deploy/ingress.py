@@ -94,6 +94,8 @@ class Ingress:
             spec.limits.max_model_len,
             tool_call_parser=resolved.tool_call_parser,
             reasoning_parser=resolved.reasoning_parser,
+            chat_template=resolved.chat_template,
+            trust_request_chat_template=resolved.trust_request_chat_template,
         )
         # 100 000 tokens take a few tenths of a second.
         vocabulary = await asyncio.to_thread(vocabulary_of, model)
@@ -128,6 +130,14 @@ class Ingress:
     async def classify(self, body: Json) -> Any:
         """What /v1/classify answers."""
         return await _or_error(self._service.classify, body)
+
+    async def tokenize(self, body: Json) -> Any:
+        """What /tokenize answers."""
+        return await _or_error(self._service.tokenize, body)
+
+    async def detokenize(self, body: Json) -> Any:
+        """What /detokenize answers."""
+        return await _or_error(self._service.detokenize, body)
 
     async def forward(self, body: Json) -> Any:
         """One forward over a batch of token ids: numpy arrays as Transformers names them."""

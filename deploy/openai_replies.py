@@ -59,11 +59,6 @@ def usage(
     }
 
 
-def warnings(unknown_fields: Sequence[str]) -> tuple[str, ...]:
-    """One sentence for each field that nobody here knows."""
-    return tuple(f"unknown field {name} has no effect" for name in unknown_fields)
-
-
 def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json:
     """The object around choices."""
     if context.chat:
@@ -131,13 +126,14 @@ def logprobs(context: ReplyContext, plan: ChoicePlan, deltas: list[Delta]) -> Js
         return None
     tokens = [delta.token for delta in deltas if delta.has_token]
     if context.chat:
-        return {"content": [_chat_logprob(context, token) for token in tokens]}
+        content = [_chat_logprob(context, token) for token in tokens]
+        return {"content": content, "refusal": None}
     echo = plan.echo
     before = 0 if echo is None else len(echo.text)
     legacy = _legacy(context, tokens)
     legacy["text_offset"] = [before + delta.offset for delta in deltas if delta.has_token]
     if echo is None or not deltas[0].is_first:
-        return legacy
+        return _with_tops(context, legacy)
     # Nothing predicts a prompt's first token.
     rest = PromptLogprobs.read(deltas[0].prompt or {}).tokens
     echoed = _legacy(context, rest)
@@ -145,7 +141,7 @@ def logprobs(context: ReplyContext, plan: ChoicePlan, deltas: list[Delta]) -> Js
     echoed["token_logprobs"].insert(0, None)
     echoed["top_logprobs"].insert(0, None)
     echoed["text_offset"] = [*echo.offsets]
-    return {key: [*values, *legacy[key]] for key, values in echoed.items()}
+    return _with_tops(context, {key: [*v, *legacy[key]] for key, v in echoed.items()})
 
 
 def prompt_logprobs(context: ReplyContext, reply: ChoiceReply) -> list[dict[str, Json] | None]:
@@ -161,6 +157,11 @@ def _legacy(context: ReplyContext, tokens: Sequence[Token]) -> dict[str, list[An
         "token_logprobs": [finite(token.logprob) for token in tokens],
         "top_logprobs": [_top_by_label(context, token) for token in tokens],
     }
+
+
+def _with_tops(context: ReplyContext, legacy: dict[str, list[Any]]) -> Json:
+    """Null where no alternatives were asked for: the clients' type has lists of objects alone."""
+    return legacy if context.num_logprobs else {**legacy, "top_logprobs": None}
 
 
 def _chat_logprob(context: ReplyContext, token: Token) -> Json:

@@ -9,8 +9,10 @@ from deploy.answer_reader import PLAIN, Reading
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.served_model import ServedModel
+from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import Detokenizer, TextTokenizer
 from deploy.tool_choice import arrange, reading_of
+from deploy.truncation import truncated
 
 TokenIds = tuple[int, ...]
 
@@ -25,25 +27,29 @@ class Prompt:
     """How its answers are read."""
 
 
-def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> Prompt:
+def chat_prompt(
+    model: ServedModel, request: ChatRequest | ClassifyRequest | TokenizeRequest
+) -> Prompt:
     """The rendered `messages`. Raises ApiError."""
     tokenizer = model.need_tokenizer("messages")
-    chat = request if isinstance(request, ChatRequest) else None
     messages = [message.for_template() for message in request.messages or ()]
-    messages, tools = arrange(model, messages, chat)
-    text = model.need_template().render(
+    messages, tools = arrange(model, messages, request)
+    text = model.need_template(request.chat_template).render(
         messages,
-        tools=tools,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
+        tools=tools,
         documents=request.documents,
-        variables=request.chat_template_kwargs,
+        variables=request.variables,
     )
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
+    token_ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
+    if not isinstance(request, ChatRequest):
+        return Prompt(token_ids=token_ids)
     return Prompt(
-        token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"),
-        reading=PLAIN if chat is None else reading_of(model, chat, text),
+        token_ids=truncated(token_ids, request, model.max_model_len),
+        reading=reading_of(model, request, text),
     )
 
 
@@ -60,7 +66,15 @@ def text_prompts(
             prompts.append(Prompt(token_ids=ids, text=given))
         else:
             prompts.append(Prompt(token_ids=tuple(given)))
+    if isinstance(request, CompletionRequest):
+        prompts = [_cut(prompt, request, model.max_model_len) for prompt in prompts]
     return prompts
+
+
+def _cut(prompt: Prompt, request: CompletionRequest, max_model_len: int) -> Prompt:
+    kept = truncated(prompt.token_ids, request, max_model_len)
+    # An echo shows what the model has seen.
+    return prompt if kept == prompt.token_ids else Prompt(token_ids=kept)
 
 
 def check_tokens(model: ServedModel, token_ids: Sequence[int], param: str) -> None:

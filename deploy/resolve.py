@@ -53,6 +53,9 @@ class ResolvedArgs:
     reasoning_parser: str
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
+    chat_template: str | None = None
+    """The text that takes the place of the checkpoint's templates."""
+    trust_request_chat_template: bool = False
     warnings: tuple[str, ...] = ()
     """What is unusual about the checkpoint or about how it is computed."""
 
@@ -85,6 +88,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     if name is None:
         name = args.model if args.model in NANO_MODELS else folder.name
     # The models import torch, which takes seconds: only now that the cheap checks have passed.
+    from deploy.chat_files import given_template
     from deploy.served_model import load_served_model
     from shards.checkpoint import open_model
     from shards.verify import verify
@@ -93,6 +97,10 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         kernels = kernel_choice(args.kernels, args.attention_backend, args.mamba_backend)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    try:
+        chat_template = given_template(args.chat_template)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"chat_template={args.chat_template}: {_one_sentence(error)}") from error
     try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)
@@ -128,6 +136,8 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         tool_call_parser=served.tool_call_parser,
         reasoning_parser=served.reasoning_parser,
         threads=args.threads,
+        chat_template=chat_template,
+        trust_request_chat_template=args.trust_request_chat_template,
         warnings=(*config.notes, *_backend_warnings(config)),
     )
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from deploy.answer_reader import Reading
 from deploy.openai_errors import ApiError
-from deploy.openai_schema import ChatRequest
+from deploy.openai_schema import ChatRequest, ClassifyRequest
 from deploy.reasoning import MARKERS as REASONING_MARKERS
 from deploy.reasoning import ends_in_reasoning
 from deploy.served_model import ServedModel
+from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import TextTokenizer
 from deploy.tool_formats import FORMATS, JSON
 from deploy.tool_prompt import describe_tools, with_tools
@@ -20,24 +21,32 @@ Messages = list[dict[str, Any]]
 Tools = list[dict[str, Any]]
 
 
-def tools_in_use(request: ChatRequest) -> Tools:
+def tools_in_use(request: ChatRequest | ClassifyRequest | TokenizeRequest) -> Tools:
     """The tools that the model is shown: with `tool_choice` none it is shown none."""
-    if request.tool_choice == "none":
+    if isinstance(request, ClassifyRequest):
+        return []
+    if isinstance(request, ChatRequest) and request.tool_choice == "none":
         return []
     return [tool.as_sent for tool in request.tools or ()]
 
 
 def arrange(
-    model: ServedModel, messages: Messages, request: ChatRequest | None
+    model: ServedModel,
+    messages: Messages,
+    request: ChatRequest | ClassifyRequest | TokenizeRequest,
 ) -> tuple[Messages, Tools | None]:
-    """Messages and tools for the chat template, of a request that may have tools.
+    """Messages and tools for the chat template.
 
-    Raises ApiError where this model has no way to call them.
+    Raises ApiError where this model has no way to call tools.
     """
-    tools = [] if request is None else tools_in_use(request)
+    tools = tools_in_use(request)
     if model.tool_call_parser == JSON.name:
+        description = ""
+        if tools:
+            must = _what_now(request) if isinstance(request, ChatRequest) else ""
+            description = describe_tools([tool["function"] for tool in tools], must_call=must)
         # Such a template would drop the turns of tools without a word.
-        return with_tools(messages, _description(request, tools)), None
+        return with_tools(messages, description), None
     if tools and model.tool_call_parser == "none":
         raise ApiError(
             "tools: this server does not read tool calls of this model (tool_call_parser is none)",
@@ -71,18 +80,13 @@ def must_call(request: ChatRequest) -> list[dict[str, Any]]:
     return functions if request.tool_choice == "required" else []
 
 
-def _description(request: ChatRequest | None, tools: Sequence[Mapping[str, Any]]) -> str:
-    """The system prompt's part; empty without tools."""
-    if request is None or not tools:
-        return ""
-    must = ""
+def _what_now(request: ChatRequest) -> str:
+    """What a request says of the next answer's calls, in words for the model."""
     if isinstance(request.tool_choice, NamedTool):
-        must = f"Call {request.tool_choice.function.name} now."
-    elif request.tool_choice == "required":
-        must = "You must call a function now."
-    if request.parallel_tool_calls is False and not isinstance(request.tool_choice, NamedTool):
-        must = f"{must} Make one call at most.".strip()
-    return describe_tools([tool["function"] for tool in tools], must_call=must)
+        return f"Call {request.tool_choice.function.name} now."
+    must = "You must call a function now." if request.tool_choice == "required" else ""
+    at_most = "" if request.parallel_tool_calls else "Make one call at most."
+    return f"{must} {at_most}".strip()
 
 
 def special_ids(tokenizer: TextTokenizer | None, texts: Sequence[str]) -> dict[str, int]:
