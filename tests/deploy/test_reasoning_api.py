@@ -10,7 +10,14 @@ import pytest
 
 from deploy.served_model import ServedModel
 from tests.deploy.conftest import say
-from tests.deploy.test_tools_api import CALLS, WEATHER, accumulated, ask, chunks_of, scripted
+from tests.deploy.test_tools_api import (
+    CALLS,
+    WEATHER,
+    accumulated,
+    ask,
+    chunks_of,
+    scripted,
+)
 from tests.deploy.tool_checkpoints import served
 
 MakeApi = Callable[..., Any]

@@ -45,7 +45,9 @@ HERMES_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == 'assistant' -%}
 {%- set content = message.content -%}
-{%- if content.startswith('<think>') -%}{%- set content = '' -%}{%- endif -%}
+{%- if message.reasoning_content and not content.startswith('<think>') -%}
+{%- set content = '<think>' + message.reasoning_content + '</think>' + content -%}
+{%- endif -%}
 {{- '<|assistant|>\\n' + content -}}
 {%- for call in message.tool_calls or [] -%}
 {{- '<tool_call>\\n{"name": "' + call.function.name + '", "arguments": ' -}}
@@ -78,6 +80,8 @@ def checkpoint(folder: Path, form: str, *, special: bool = True) -> Path:
     config: dict[str, Any] = json.loads(file.read_text())
     for token_id, text in enumerate(markers, start=_MARKERS_FROM):
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        # Without a place in the vocabulary it would get an id that another token has.
+        config["model"]["vocab"][text] = token_id
         config["added_tokens"].append({"id": token_id, "content": text, "special": True, **flags})
     file.write_text(json.dumps(config))
     return copied
