@@ -189,6 +189,8 @@ def test_neighbours_feel_nothing(seed: int) -> None:
         request_of(YES_NO, seq_id=3, temperature=1.0, logprobs=3),
         request_of(schema_grammar(SCHEMA), [ord("{")], seq_id=5, top_p=0.9),
     ]
+    [greedy] = sample(logits[1][None], bound[:1])
+    assert greedy.token_id == max((ord("y"), ord("n")), key=lambda i: float(logits[1, i]))
     together = sample(logits, [r for pair in zip(plain, bound, strict=True) for r in pair])
     assert together[::2] == sample(logits[::2].contiguous(), plain)
     assert together[1::2] == sample(logits[1::2].contiguous(), bound)
@@ -208,6 +210,7 @@ def test_the_greatest_allowed_logit_and_raw_log_probabilities() -> None:
     assert sampled.top_logprobs == ((int(logits[0].argmax()), float(raw.max())),)
 
 
+@pytest.mark.filterwarnings("error")
 def test_other_wishes_beside_a_grammar() -> None:
     logits = random_logits(1, 4)
 
