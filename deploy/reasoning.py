@@ -17,9 +17,13 @@ def choose_reasoning(asked: str, template: str | None) -> str:
     return "think" if template is not None and THINK in template else "none"
 
 
-def ends_in_reasoning(prompt: str) -> bool:
-    """Whether a chat template has opened the reasoning that the model goes on with."""
-    return prompt.rstrip(WHITE_SPACE).endswith(THINK)
+def ends_in_reasoning(prompt: str, continued: str = "") -> bool:
+    """Whether the model goes on with reasoning that a chat template has opened.
+
+    Or the last message did, where it is `continued`.
+    """
+    opened = continued.rfind(THINK) > continued.rfind(END_THINK)
+    return opened or prompt.rstrip(WHITE_SPACE).endswith(THINK)
 
 
 class _Place(Enum):

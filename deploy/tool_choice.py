@@ -60,12 +60,14 @@ def reading_of(model: ServedModel, request: ChatRequest, prompt: str) -> Reading
     """How answers to the rendered `prompt` are read."""
     form = FORMATS[model.tool_call_parser] if tools_in_use(request) else None
     reasons = model.reasoning_parser == "think"
+    last = request.messages[-1].for_template()["content"] if request.continue_final_message else ""
+    continued = last if isinstance(last, str) else ""
     markers = (*(form.markers if form is not None else ()), *(REASONING_MARKERS if reasons else ()))
     return Reading(
         tool_format=form,
         one_call=request.parallel_tool_calls is False or isinstance(request.tool_choice, NamedTool),
         reasoning=reasons,
-        reasoning_opened=reasons and ends_in_reasoning(prompt),
+        reasoning_opened=reasons and ends_in_reasoning(prompt, continued),
         show_reasoning=request.include_reasoning,
         visible_ids=frozenset(special_ids(model.tokenizer, markers).values()),
     )

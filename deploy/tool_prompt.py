@@ -66,7 +66,7 @@ def _result(message: Message, names: Mapping[str, str]) -> str:
 
 
 def _in_system(turns: list[Message], description: str) -> list[Message]:
-    if turns and turns[0]["role"] == "system":
+    if turns and turns[0]["role"] in ("system", "developer"):
         said = turns[0].get("content")
         content = f"{said}\n\n{description}" if said else description
         return [turns[0] | {"content": content}, *turns[1:]]

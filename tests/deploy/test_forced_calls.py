@@ -51,7 +51,7 @@ async def test_a_real_model_calls_what_it_has_to(form: str, tmp_path: Path) -> N
                 "tool_choice": choice,
                 "temperature": 1.5,
                 "seed": seed,
-                "max_tokens": 100,
+                "max_tokens": 90,
                 "parallel_tool_calls": False,
                 # Random text ends reasoning by chance only.
                 "logit_bias": {"507": 30} if form == "hermes" else None,

@@ -65,6 +65,8 @@ def test_reasoning_is_streamed_as_it_comes() -> None:
 def test_the_prompts_end_says_who_opened_it() -> None:
     assert ends_in_reasoning("<|im_start|>assistant\n<think>\n")
     assert not ends_in_reasoning("think within <think> </think> tags<|im_start|>assistant\n")
+    assert ends_in_reasoning("...<think>One", "<think>One")
+    assert not ends_in_reasoning("...<think>One</think>", "<think>One</think>")
 
 
 @pytest.mark.parametrize(

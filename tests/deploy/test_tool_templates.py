@@ -78,5 +78,5 @@ def test_parsers_follow_the_checkpoint_and_the_options(
 def test_parsers_that_cannot_work_fail_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match="tool_call_parser=xml: allowed values are auto, jamba"):
         parse_args({"model": "nano-jamba", "tool_call_parser": "xml"})
-    with pytest.raises(ConfigError, match="tool_call_parser=hermes.*auto, json, none"):
+    with pytest.raises(ConfigError, match=r"tool_call_parser=hermes.*auto, json, none"):
         resolve(parse_args({"model": "nano-jamba", "tool_call_parser": "hermes"}))
