@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.chat_parts import chunk_delta, message
 from deploy.generation import ChoicePlan, Delta
 from deploy.openai_errors import Json
 from deploy.prompt_logprobs import PromptLogprobs, finite
@@ -45,14 +46,16 @@ class ChoiceReply:
         self.deltas.append(delta)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Json:
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, reasoning_tokens: int = 0
+) -> Json:
     """Token counts; `cached_tokens` of the prompt were not computed again."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
 
 
@@ -77,7 +80,7 @@ def choice(context: ReplyContext, plan: ChoicePlan, reply: ChoiceReply) -> Json:
     text = "".join(reply.text)
     body: Json = {"index": plan.index}
     if context.chat:
-        body["message"] = {"role": "assistant", "content": text, "refusal": None}
+        body["message"] = message(plan.reading, reply.deltas)
     else:
         body["text"] = text if plan.echo is None else plan.echo.text + text
     body["logprobs"] = logprobs(context, plan, reply.deltas)
@@ -95,7 +98,7 @@ def chunk_choice(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> Json:
     """One choice of a streamed chunk; an echo comes with the first."""
     body: Json = {"index": plan.index}
     if context.chat:
-        body["delta"] = {"content": delta.text} if delta.text or delta.finish is None else {}
+        body["delta"] = chunk_delta(plan.reading, delta)
     else:
         echoed = plan.echo.text if plan.echo is not None and delta.is_first else ""
         body["text"] = echoed + delta.text
@@ -106,11 +109,12 @@ def chunk_choice(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> Json:
     return body
 
 
-def role_choice(index: int) -> Json:
-    """The first chunk of a chat choice."""
+def role_choice(plan: ChoicePlan) -> Json:
+    """The first chunk of a chat choice; one that may only call tools has no content yet."""
+    content = "" if plan.reading.tool_format is None else None
     return {
-        "index": index,
-        "delta": {"role": "assistant", "content": ""},
+        "index": plan.index,
+        "delta": {"role": "assistant", "content": content},
         "logprobs": None,
         "finish_reason": None,
     }

@@ -8,7 +8,10 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deploy.answer_format import ResponseFormat, StructuredOutputs
+from deploy.message_schema import Message
 from deploy.openai_errors import ApiError
+from deploy.tool_schema import MAX_TOOLS, Tool, ToolChoice, refuse_tool_choice
 from deploy.unsupported import KNOWN_FIELDS, refuse_unsupported
 
 INT64 = 2**63
@@ -77,6 +80,8 @@ class GenerationRequest(ApiRequest):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
     truncate_prompt_tokens: Truncation | None = None
     truncation_side: Literal["left", "right"] | None = None
     priority: Priority = 0
@@ -94,29 +99,6 @@ class GenerationRequest(ApiRequest):
         """Those of `stream_options` too."""
         nested = self.stream_options.unknown_fields if self.stream_options is not None else []
         return [*super().unknown_fields, *(f"stream_options.{key}" for key in nested)]
-
-
-class TextPart(BaseModel):
-    """The only kind of content part that these models read."""
-
-    model_config = ConfigDict(strict=True)
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """One turn; fields beyond role and content reach the chat template as they are."""
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The turn as chat templates expect it: content parts joined by line breaks."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        return {"role": self.role, "content": content, **(self.model_extra or {})}
 
 
 class TemplateFields(ApiRequest):
@@ -146,6 +128,10 @@ class ChatRequest(GenerationRequest, TemplateFields):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -251,9 +237,11 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
     if isinstance(request, CompletionRequest):
         if request.max_tokens == 0 and not request.echo:
             raise ApiError("max_tokens: 0 is only allowed with echo=true", param="max_tokens")
-    elif request.top_logprobs is not None and not request.logprobs:
+        return
+    if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
-    elif request.max_completion_tokens is not None and request.max_tokens not in (
+    refuse_tool_choice(request.tools or (), request.tool_choice)
+    if request.max_completion_tokens is not None and request.max_tokens not in (
         None,
         request.max_completion_tokens,
     ):

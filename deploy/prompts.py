@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploy.answer_reader import PLAIN, Reading
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.served_model import ServedModel
 from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.tool_choice import arrange, reading_of
 from deploy.truncation import truncated
 
 TokenIds = tuple[int, ...]
@@ -21,6 +23,8 @@ class Prompt:
 
     token_ids: TokenIds
     text: str | None = None
+    reading: Reading = PLAIN
+    """How its answers are read."""
 
 
 def chat_prompt(
@@ -28,20 +32,25 @@ def chat_prompt(
 ) -> Prompt:
     """The rendered `messages`. Raises ApiError."""
     tokenizer = model.need_tokenizer("messages")
+    messages = [message.for_template() for message in request.messages or ()]
+    messages, tools = arrange(model, messages, request)
     text = model.need_template(request.chat_template).render(
-        [message.for_template() for message in request.messages or ()],
+        messages,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
-        tools=request.tools if isinstance(request, TokenizeRequest) else None,
+        tools=tools,
         documents=request.documents,
         variables=request.variables,
     )
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
     token_ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
-    if isinstance(request, ChatRequest):
-        token_ids = truncated(token_ids, request, model.max_model_len)
-    return Prompt(token_ids=token_ids)
+    if not isinstance(request, ChatRequest):
+        return Prompt(token_ids=token_ids)
+    return Prompt(
+        token_ids=truncated(token_ids, request, model.max_model_len),
+        reading=reading_of(model, request, text),
+    )
 
 
 def text_prompts(

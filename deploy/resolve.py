@@ -49,6 +49,8 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    tool_call_parser: str
+    reasoning_parser: str
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
     chat_template: str | None = None
@@ -104,7 +106,12 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         verify(config, checkpoint)
         # Read here to fail now; the ingress reads tokenizer and template again.
         served = load_served_model(
-            name, str(folder), config.vocab_size, config.max_position_embeddings
+            name,
+            str(folder),
+            config.vocab_size,
+            config.max_position_embeddings,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
@@ -126,6 +133,8 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        tool_call_parser=served.tool_call_parser,
+        reasoning_parser=served.reasoning_parser,
         threads=args.threads,
         chat_template=chat_template,
         trust_request_chat_template=args.trust_request_chat_template,

@@ -10,11 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.chat import ChatTemplates
+from deploy.chat import DEFAULT, WITH_TOOLS, ChatTemplates
 from deploy.chat_files import load_chat_templates
 from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
+from deploy.reasoning import choose_reasoning
 from deploy.tokenizer import TextTokenizer, load_tokenizer
+from deploy.tool_formats import choose_format
 
 _INT64_END = 2**63
 """Token ids and `top_k` travel to the engine as 64-bit integers."""
@@ -74,6 +76,8 @@ class ServedModel:
     template: ChatTemplates | None
     defaults: SamplingDefaults
     warnings: tuple[str, ...] = ()
+    tool_call_parser: str = "none"
+    reasoning_parser: str = "none"
     trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -125,6 +129,8 @@ def load_served_model(
     vocab_size: int,
     max_model_len: int,
     *,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
     chat_template: str | None = None,
     trust_request_chat_template: bool = False,
 ) -> ServedModel:
@@ -137,6 +143,9 @@ def load_served_model(
     templates, more = load_chat_templates(folder, chat_template)
     defaults, still_more = load_defaults(folder, tokenizer)
     defaults, unknown = _in_vocabulary(defaults, vocab_size)
+    own = templates.named(WITH_TOOLS) or templates.named(DEFAULT)
+    source = None if own is None else own.choose(None).source
+    variables = () if own is None else own.choose(None).reads
     return ServedModel(
         name=name,
         path=path,
@@ -147,6 +156,8 @@ def load_served_model(
         template=templates if templates.names or trust_request_chat_template else None,
         defaults=defaults,
         warnings=(*warnings, *more, *still_more, *unknown),
+        tool_call_parser=choose_format(tool_call_parser, source, variables),
+        reasoning_parser=choose_reasoning(reasoning_parser, source),
         trust_request_chat_template=trust_request_chat_template,
     )
 

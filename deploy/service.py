@@ -14,6 +14,7 @@ import numpy as np
 
 from deploy.admission import Admission
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.answer_grammar import answer_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
@@ -182,7 +183,9 @@ class ApiService:
     ) -> Json | AsyncGenerator[Json, None]:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
-        plans = plan_choices(self._model, request, token_ids, echoes)
+        reading = prompts[0].reading
+        grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
+        plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_ready()
         self._admission.check(len(plans))
         answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
@@ -246,7 +249,10 @@ class ApiService:
             token_ids=bool(request.return_token_ids),
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
-            warnings=field_warnings(self._model, request),
+            warnings=(
+                *field_warnings(self._model, request),
+                *grammar_warnings(self._model, request),
+            ),
         )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
+from deploy.message_schema import Message
 from deploy.openai_errors import ApiError
-from deploy.openai_schema import ApiRequest, Message, TemplateFields, TokenId, refuse_continuation
+from deploy.openai_schema import ApiRequest, TemplateFields, TokenId, refuse_continuation
+from deploy.tool_schema import MAX_TOOLS, Tool
 
 
 class TokenizeRequest(TemplateFields):
@@ -15,7 +17,7 @@ class TokenizeRequest(TemplateFields):
 
     prompt: str | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool = False
     add_special_tokens: bool | None = None
     """None: with a prompt, not with `messages`, whose template writes its own."""

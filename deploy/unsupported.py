@@ -40,10 +40,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "function_call": (_is("none", "auto"), "none, auto"),
     "response_format": (_is_text, '{"type": "text"}'),
     "structured_outputs": (_is({}), "an empty object"),
-    "guided_json": (_is(), "null"),
-    "guided_regex": (_is(), "null"),
-    "guided_choice": (_is(), "null"),
-    "guided_grammar": (_is(), "null"),
     "length_penalty": (_is(1), "1"),
     "use_beam_search": (_is(False), "false"),
     "best_of": (_is(1), "1"),
@@ -77,6 +73,19 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "vllm_xargs": (_is({}), "an empty object"),
 }
 
+# Fields that vLLM has removed → what it has in their place.
+_REMOVED = {
+    "guided_json": 'structured_outputs {"json": ...}',
+    "guided_regex": 'structured_outputs {"regex": ...}',
+    "guided_choice": 'structured_outputs {"choice": [...]}',
+    "guided_grammar": 'structured_outputs {"grammar": ...}',
+    "guided_whitespace_pattern": 'structured_outputs {"whitespace_pattern": ...}',
+    "guided_decoding_backend": "structured_outputs, which has one backend",
+    "guided_decoding_disable_fallback": "structured_outputs, which has one backend",
+    "guided_decoding_disable_any_whitespace": 'structured_outputs {"disable_any_whitespace": ...}',
+    "structural_tag": "tools",
+}
+
 # Field → what to use instead.
 _INSTEAD = {
     "best_of": "n, and choose among the answers",
@@ -108,6 +117,13 @@ def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
 
     `served` are the fields that this route does read.
     """
+    for field, instead in _REMOVED.items():
+        if body.get(field) is not None:
+            raise ApiError(
+                f"{field}: not available any more; use {instead}",
+                param=field,
+                code="unsupported_parameter",
+            )
     for field, (allowed, words) in _REFUSED.items():
         value = body.get(field)
         if field not in served and value is not None and not allowed(value):

@@ -37,7 +37,7 @@ MakeApi = Callable[..., Any]
         ({"messages": USER, "top_logprobs": 2}, "top_logprobs"),
         ({"messages": USER, "logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"messages": USER, "tools": [{"type": "function"}]}, "tools"),
-        ({"messages": USER, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": USER, "response_format": {"type": "xml"}}, "response_format"),
         ({"messages": USER, "logit_bias": {"5": 101}}, "logit_bias"),
         ({"messages": USER, "logit_bias": {"x": 1}}, "logit_bias"),
         ({"messages": USER, "logit_bias": {"99999999": 1}}, "logit_bias"),
@@ -48,7 +48,7 @@ MakeApi = Callable[..., Any]
         ({"messages": USER, "frequency_penalty": 2.1}, "frequency_penalty"),
         ({"messages": USER, "best_of": 2}, "best_of"),
         ({"messages": USER, "echo": True}, "echo"),
-        ({"messages": USER, "structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
+        ({"messages": USER, "structured_outputs": {"choice": []}}, "structured_outputs.choice"),
         ({"messages": USER, "continue_final_message": True}, "continue_final_message"),
     ],
 )
