@@ -23,7 +23,7 @@ def field_warnings(model: ServedModel, request: ApiRequest) -> tuple[str, ...]:
 def _unread(model: ServedModel, request: TemplateFields) -> list[str]:
     """Variables that the chat template does not look at, in any branch."""
     templates = model.need_template(request.chat_template)
-    reads = templates.choose(getattr(request, "tools", None)).reads
+    reads = templates.choose(getattr(request, "tools", None) or None).reads
     given = {f"chat_template_kwargs.{name}": name for name in request.chat_template_kwargs or {}}
     given |= {name: name for name in ("documents", "reasoning_effort") if getattr(request, name)}
     return [

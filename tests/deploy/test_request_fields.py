@@ -13,7 +13,7 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.shared import ReasoningEffort as TheirEffort
 
 from deploy.openai_schema import ChatRequest, CompletionRequest, ReasoningEffort, StreamOptions
-from deploy.unsupported import _INSTEAD, _REFUSED, _WITHOUT_EFFECT, IGNORED_FIELDS
+from deploy.unsupported import _INSTEAD, _REFUSED, _REMOVED, _WITHOUT_EFFECT, IGNORED_FIELDS
 from tests.deploy.http_client import post
 
 MakeApi = Callable[..., Any]
@@ -89,7 +89,7 @@ VLLM_CHAT = {
 
 
 def known(kind: type[ChatRequest] | type[CompletionRequest]) -> set[str]:
-    return {*kind.model_fields, *IGNORED_FIELDS, *_REFUSED, *_WITHOUT_EFFECT}
+    return {*kind.model_fields, *IGNORED_FIELDS, *_REFUSED, *_REMOVED, *_WITHOUT_EFFECT}
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
