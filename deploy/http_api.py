@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -14,86 +12,85 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deploy.http_cors import Cors
+from deploy.http_keys import ApiKeys
+from deploy.http_limits import RequestDeadline, read_body
+from deploy.http_options import HttpOptions
+from deploy.http_replies import encode_json, error_response, json_response
 from deploy.openai_errors import ApiError, Json, error_body, internal_error
+from deploy.request_json import decode_json
 from deploy.service import ApiService
 from shards.client import GroupState
 
 log = logging.getLogger("conclave.ingress")
 
-_OPEN_PATHS = frozenset({"/health", "/ready"})
 _CLIENT_CLOSED = 499
 T = TypeVar("T")
 Route = Callable[[Request], Awaitable[Response]]
 
 
-def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
+def build_api(
+    service: ApiService, api_keys: tuple[str, ...] = (), options: HttpOptions | None = None
+) -> FastAPI:
     """The ASGI application of one replica; an empty `api_keys` lets everyone in."""
+    options = options or HttpOptions()
     app = FastAPI(title="Conclave", docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _internal_error)
+    # The last one added is the first to see a request.
+    if options.request_timeout_s is not None:
+        app.add_middleware(RequestDeadline, seconds=options.request_timeout_s)
     if api_keys:
-        app.add_middleware(_ApiKeys, keys=api_keys)
+        app.add_middleware(ApiKeys, keys=api_keys)
+    if options.cors_origins:
+        app.add_middleware(Cors, origins=options.cors_origins)
 
     def route(path: str, method: str) -> Callable[[Route], Route]:
-        return lambda handler: app.api_route(path, methods=[method])(_guarded(handler))
+        methods = ["GET", "HEAD"] if method == "GET" else [method]
+        return lambda handler: app.api_route(path, methods=methods)(_guarded(handler))
 
     @route("/v1/chat/completions", "POST")
     async def chat(request: Request) -> Response:
-        return await _generate(request, service.chat)
+        return await _generate(request, service.chat, options)
 
     @route("/v1/completions", "POST")
     async def completions(request: Request) -> Response:
-        return await _generate(request, service.completions)
+        return await _generate(request, service.completions, options)
 
     @route("/classify", "POST")
     @route("/v1/classify", "POST")
     async def classify(request: Request) -> Response:
-        return await _generate(request, service.classify)
+        return await _generate(request, service.classify, options)
 
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
-        return _json(service.models())
+        return json_response(service.models())
 
     @route("/v1/models/{name:path}", "GET")
     async def model(request: Request) -> Response:
-        return _json(service.model(request.path_params["name"]))
+        return json_response(service.model(request.path_params["name"]))
 
     @route("/v1/experts", "GET")
     async def experts(request: Request) -> Response:
-        return _json(service.experts())
+        return json_response(service.experts())
 
     @route("/version", "GET")
     async def version(request: Request) -> Response:
-        return _json(service.version())
+        return json_response(service.version())
 
     @route("/health", "GET")
     async def health(request: Request) -> Response:
         failed = service.state in (GroupState.FAILED, GroupState.STOPPED)
-        return _json(service.health, 503 if failed else 200)
+        return json_response(service.health, 503 if failed else 200)
 
     @route("/ready", "GET")
     async def ready(request: Request) -> Response:
         is_ready = service.state is GroupState.READY
         headers = None if is_ready else {"Retry-After": "1"}
-        return _json({"state": str(service.state)}, 200 if is_ready else 503, headers)
+        return json_response({"state": str(service.state)}, 200 if is_ready else 503, headers)
 
     return app
-
-
-def encode_json(body: Json) -> bytes:
-    """Compact UTF-8; a lone surrogate that a client sent goes back as the escape it came as."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
-    return text.encode("utf-8", "backslashreplace")
-
-
-def _json(body: Json, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    return Response(encode_json(body), status, headers, "application/json")
-
-
-def _error(error: ApiError) -> Response:
-    headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    return _json(error.body(), error.status, headers)
 
 
 def _guarded(handler: Route) -> Route:
@@ -102,14 +99,17 @@ def _guarded(handler: Route) -> Route:
     # Not `wraps`: FastAPI reads the signature, and annotations are strings here.
     async def guarded(request: Request) -> Response:
         try:
-            return await handler(request)
+            response = await handler(request)
+            if request.method == "HEAD":  # all but the body, its length included
+                response.body = b""
+            return response
         except ApiError as error:
-            return _error(error)
+            return error_response(error)
         except ClientDisconnect:
             return Response(status_code=_CLIENT_CLOSED)
         except Exception:
             log.exception("%s %s failed", request.method, request.url.path)
-            return _error(internal_error())
+            return error_response(internal_error())
 
     guarded.__name__ = handler.__name__
     guarded.__annotations__ = {"request": Request, "return": Response}
@@ -120,32 +120,31 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
-    message = f"{error.detail}: {request.method} {request.url.path}"
+    message = f"{error.detail}: {request.method[:20]} {request.url.path}"
     headers = dict(error.headers or {})
-    return _json(error_body(message, kind, None, code), error.status_code, headers)
+    return json_response(error_body(message, kind, None, code), error.status_code, headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    return error_response(internal_error())
 
 
 async def _generate(
-    request: Request, answer: Callable[[object], Awaitable[Json | AsyncGenerator[Json, None]]]
+    request: Request,
+    answer: Callable[[object], Awaitable[Json | AsyncGenerator[Json, None]]],
+    options: HttpOptions,
 ) -> Response:
-    body = await _read_json(request)
+    body = decode_json(await read_body(request, options))
     result = await _unless_disconnected(request, answer(body))
     if result is None:
         return Response(status_code=_CLIENT_CLOSED)
     if isinstance(result, dict):
-        return _json(result)
+        return json_response(result)
     return StreamingResponse(
         _events(result),
         media_type="text/event-stream",
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
     )
-
-
-async def _read_json(request: Request) -> object:
-    try:
-        return json.loads(await request.body())
-    except (ValueError, RecursionError) as error:
-        raise ApiError(f"the request body is not valid JSON: {error}") from error
 
 
 async def _unless_disconnected(request: Request, answer: Awaitable[T]) -> T | None:
@@ -177,35 +176,3 @@ async def _events(chunks: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, N
             log.exception("a stream failed")
             yield b"data: " + encode_json(internal_error().body()) + b"\n\n"
     yield b"data: [DONE]\n\n"
-
-
-class _ApiKeys:
-    """Refuses requests without one of the keys; health checks stay open."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self._app = app
-        self._keys = [key.encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or self._open(scope) or self._allowed(scope):
-            await self._app(scope, receive, send)
-            return
-        error = ApiError(
-            "Incorrect API key provided.",
-            status=401,
-            kind="authentication_error",
-            code="invalid_api_key",
-        )
-        response = _error(error)
-        response.headers["WWW-Authenticate"] = "Bearer"
-        await response(scope, receive, send)
-
-    def _open(self, scope: Scope) -> bool:
-        # Behind Serve the path still carries the application's route prefix.
-        return scope["path"].removeprefix(scope.get("root_path", "")) in _OPEN_PATHS
-
-    def _allowed(self, scope: Scope) -> bool:
-        header = next((v for k, v in scope["headers"] if k == b"authorization"), b"")
-        scheme, _, given = header.partition(b" ")
-        matches = [hmac.compare_digest(given.strip(), key) for key in self._keys]
-        return scheme.lower() == b"bearer" and any(matches)

@@ -81,7 +81,7 @@ class Ingress:
     # Serve awaits constructors that are coroutines.
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
         logging.getLogger("conclave").setLevel(resolved.log_level.upper())
-        self._api_keys = resolved.api_keys
+        self._api_keys, self._http = resolved.api_keys, resolved.http
         # Chosen here, where the weights will be, and not wherever the command was typed.
         spec = await asyncio.to_thread(settle, resolved)
         resolved = replace(resolved, spec=spec)
@@ -105,10 +105,11 @@ class Ingress:
             max_num_batched_tokens=spec.limits.max_num_batched_tokens,
             replica_id=context.replica_tag,
             build=build_facts(resolved),
+            strict=resolved.strict_requests,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._api_keys)
+        return build_api(self._service, self._api_keys, self._http)
 
     async def chat(self, body: Json) -> Any:
         """A chat completion; with `stream` an async generator of chunks."""

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deploy.generation import ChoicePlan, Delta
-from deploy.openai_errors import Json
+from deploy.openai_errors import Json, cut
 from deploy.prompt_logprobs import PromptLogprobs, finite
 from deploy.tokenizer import TextTokenizer
 from deploy.version import VERSION
 from router.step import Token
+
+_MAX_WARNINGS = 100
+_MAX_NAME = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +60,14 @@ def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) ->
 
 
 def warnings(unknown_fields: Sequence[str]) -> tuple[str, ...]:
-    """One sentence for each field that nobody here knows."""
-    return tuple(f"unknown field {name} has no effect" for name in unknown_fields)
+    """One sentence for each field that nobody here knows, for the first of very many."""
+    named = [
+        f"unknown field {cut(name, _MAX_NAME)} has no effect"
+        for name in unknown_fields[:_MAX_WARNINGS]
+    ]
+    if len(unknown_fields) > _MAX_WARNINGS:
+        named.append(f"{len(unknown_fields) - _MAX_WARNINGS} more unknown fields have no effect")
+    return tuple(named)
 
 
 def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json:

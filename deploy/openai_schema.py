@@ -10,17 +10,27 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from deploy.openai_errors import ApiError
 from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
+from deploy.validation_errors import validation_error
 
 INT64 = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_STOP = 4096
+"""Characters of a stop string or a bad word."""
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
-Stop = Annotated[str, Field(min_length=1)]
+# The first bad entry ends the check: one error for each of a million would take minutes.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
+Texts = (
+    str
+    | Annotated[list[str], Field(fail_fast=True)]
+    | TokenIds
+    | Annotated[list[TokenIds], Field(fail_fast=True)]
+)
 
 
 class _Strict(BaseModel):
@@ -50,7 +60,7 @@ class GenerationRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
@@ -63,7 +73,7 @@ class GenerationRequest(_Strict):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=256)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=2**20)] | None = None
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
@@ -111,7 +121,7 @@ class Message(_Strict):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -147,7 +157,7 @@ class ClassifyRequest(_Strict):
 
     model: str | None = None
     input: Texts | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
     """Keep the last k tokens, at least 1; -1: as many as fit."""
     use_activation: bool = True
@@ -185,8 +195,11 @@ def _one_by_one(texts: Texts, param: str) -> list[str | list[int]]:
 Request = TypeVar("Request", ChatRequest, CompletionRequest, ClassifyRequest)
 
 
-def parse_request(kind: type[Request], body: object) -> Request:
-    """Check a decoded body. Raises ApiError 400 that names the field."""
+def parse_request(kind: type[Request], body: object, *, strict: bool = False) -> Request:
+    """Check a decoded body; `strict` refuses unknown fields.
+
+    Raises ApiError 400 that names the field.
+    """
     if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
         raise ApiError("the request body must be a JSON object")
     _refuse_surrogates(body)
@@ -194,10 +207,14 @@ def parse_request(kind: type[Request], body: object) -> Request:
     try:
         request = kind.model_validate({k: v for k, v in body.items() if v is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = str(first["loc"][0]) if first["loc"] else None
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(f"{where}: {first['msg']}", param=param) from None
+        raise validation_error(error) from None
+    if strict and request.unknown_fields:
+        name = request.unknown_fields[0]
+        raise ApiError(
+            f"{name}: unknown parameter; this server refuses what it does not know",
+            param=name,
+            code="unknown_parameter",
+        )
     if isinstance(request, ClassifyRequest):
         _refuse_input(request)
     else:
@@ -229,7 +246,11 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
 
 def _refuse_input(request: ClassifyRequest) -> None:
     if request.input is None and request.messages is None:
-        raise ApiError("input: required, unless there are messages", param="input")
+        raise ApiError(
+            "input: required, unless there are messages",
+            param="input",
+            code="missing_required_parameter",
+        )
     if request.input is not None and request.messages is not None:
         raise ApiError("messages: not allowed together with input", param="messages")
     if request.truncate_prompt_tokens == 0:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from deploy.backends import kernel_choice, missing_for_mamba_ssm
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
+from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
 from router.limits import EngineLimits
@@ -49,6 +50,9 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    http: HttpOptions
+    max_queue_s: float
+    strict_requests: bool
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
     warnings: tuple[str, ...] = ()
@@ -118,6 +122,9 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        http=args.http,
+        max_queue_s=args.max_queue_seconds,
+        strict_requests=args.strict_requests,
         threads=args.threads,
         warnings=(*config.notes, *_backend_warnings(config)),
     )

@@ -44,6 +44,7 @@ class ApiService:
         max_num_batched_tokens: int,
         replica_id: str = "",
         build: Mapping[str, Any] | None = None,
+        strict: bool = False,
     ) -> None:
         self._client = client
         self._model = model
@@ -53,6 +54,7 @@ class ApiService:
         self._budget = StepBudget()
         self._replica_id = replica_id
         self._build = dict(build or {})
+        self._strict = strict
 
     @property
     def state(self) -> GroupState:
@@ -69,7 +71,7 @@ class ApiService:
 
     async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(ChatRequest, body)
+        request = parse_request(ChatRequest, body, strict=self._strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
         prompt = await asyncio.to_thread(chat_prompt, self._model, request)
@@ -77,7 +79,7 @@ class ApiService:
 
     async def completions(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(CompletionRequest, body)
+        request = parse_request(CompletionRequest, body, strict=self._strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
         prompts = await asyncio.to_thread(text_prompts, self._model, request, "prompt")
@@ -85,7 +87,7 @@ class ApiService:
 
     async def classify(self, body: object) -> Json:
         """/v1/classify: what the classification head says of each input. Raises ApiError."""
-        request = parse_request(ClassifyRequest, body)
+        request = parse_request(ClassifyRequest, body, strict=self._strict)
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
