@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -10,6 +11,7 @@ from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -19,6 +21,7 @@ from deploy.http_limits import RequestDeadline, read_body
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response, json_response
 from deploy.openai_errors import ApiError, Json, error_body, internal_error
+from deploy.openapi import openapi_document
 from deploy.request_json import decode_json
 from deploy.service import ApiService
 from shards.client import GroupState
@@ -35,7 +38,7 @@ def build_api(
 ) -> FastAPI:
     """The ASGI application of one replica; an empty `api_keys` lets everyone in."""
     options = options or HttpOptions()
-    app = FastAPI(title="Conclave", docs_url=None, redoc_url=None)
+    app = FastAPI(title="Conclave", openapi_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     # The last one added is the first to see a request.
@@ -52,16 +55,16 @@ def build_api(
 
     @route("/v1/chat/completions", "POST")
     async def chat(request: Request) -> Response:
-        return await _generate(request, service.chat, options)
+        return await _generate(request, service, service.chat, options)
 
     @route("/v1/completions", "POST")
     async def completions(request: Request) -> Response:
-        return await _generate(request, service.completions, options)
+        return await _generate(request, service, service.completions, options)
 
     @route("/classify", "POST")
     @route("/v1/classify", "POST")
     async def classify(request: Request) -> Response:
-        return await _generate(request, service.classify, options)
+        return await _generate(request, service, service.classify, options)
 
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
@@ -89,6 +92,16 @@ def build_api(
         is_ready = service.state is GroupState.READY
         headers = None if is_ready else {"Retry-After": "1"}
         return json_response({"state": str(service.state)}, 200 if is_ready else 503, headers)
+
+    @functools.cache
+    def document() -> Json:
+        routes = [route for route in app.routes if isinstance(route, APIRoute)]
+        served = [(route.path, method) for route in routes for method in route.methods or ()]
+        return openapi_document(served, api_keys=bool(api_keys), strict=service.strict)
+
+    @route("/openapi.json", "GET")
+    async def openapi(request: Request) -> Response:
+        return json_response(document())
 
     return app
 
@@ -131,9 +144,11 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 
 async def _generate(
     request: Request,
+    service: ApiService,
     answer: Callable[[object], Awaitable[Json | AsyncGenerator[Json, None]]],
     options: HttpOptions,
 ) -> Response:
+    service.check_room()  # before the body is read: it may be large
     body = decode_json(await read_body(request, options))
     result = await _unless_disconnected(request, answer(body))
     if result is None:

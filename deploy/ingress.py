@@ -101,11 +101,13 @@ class Ingress:
             self._group,
             model,
             resolved.facts,
-            max_num_seqs=spec.limits.max_num_seqs,
+            max_num_seqs=spec.limits.num_seats,
             max_num_batched_tokens=spec.limits.max_num_batched_tokens,
             replica_id=context.replica_tag,
             build=build_facts(resolved),
             strict=resolved.strict_requests,
+            block_size=spec.limits.block_size,
+            max_queue_s=resolved.max_queue_s,
         )
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
+from deploy.prompt_length import check_length
 from deploy.served_model import ServedModel
 from deploy.tokenizer import Detokenizer, TextTokenizer
 
@@ -31,6 +32,8 @@ def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> P
         documents=request.documents,
         variables=request.chat_template_kwargs,
     )
+    if _must_fit(request):
+        check_length(tokenizer, text, model.max_model_len, "messages")
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
     return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"))
@@ -45,11 +48,18 @@ def text_prompts(
     for given in request.prompts:
         if isinstance(given, str):
             tokenizer = model.need_tokenizer(param)
+            if _must_fit(request):
+                check_length(tokenizer, given, model.max_model_len, param)
             ids = tokenizer.encode(given, add_special_tokens=special, param=param)
             prompts.append(Prompt(token_ids=ids, text=given))
         else:
             prompts.append(Prompt(token_ids=tuple(given)))
     return prompts
+
+
+def _must_fit(request: ChatRequest | CompletionRequest | ClassifyRequest) -> bool:
+    """Whether a prompt that is too long is refused, not cut."""
+    return getattr(request, "truncate_prompt_tokens", None) is None
 
 
 def check_tokens(model: ServedModel, token_ids: Sequence[int], param: str) -> None:

@@ -12,17 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from deploy.admission import Admission
-from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.admission import Admission, AdmissionLimits, Work
+from deploy.answer import SEQUENCE_ERRORS, Answer, api_error, works
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
 from deploy.forward import Outputs, plan_forward
+from deploy.gate import Gate
 from deploy.generation import plan_choices
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
+from deploy.predicted_work import predicted_works
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.served_model import ServedModel
 from router.step import Want
@@ -45,16 +47,26 @@ class ApiService:
         replica_id: str = "",
         build: Mapping[str, Any] | None = None,
         strict: bool = False,
+        block_size: int = 1,
+        max_queue_s: float = 120.0,
     ) -> None:
         self._client = client
         self._model = model
         self._facts = facts
         self._max_batched_tokens = max_num_batched_tokens
-        self._admission = Admission(max_num_seqs, _WAITING_PER_RUNNING * max_num_seqs)
+        self._admission = Admission(
+            AdmissionLimits(
+                num_seats=max_num_seqs,
+                max_waiting=_WAITING_PER_RUNNING * max_num_seqs,
+                block_size=block_size,
+                max_queue_s=max_queue_s,
+            )
+        )
+        self._gate = Gate(client, self._admission)
         self._budget = StepBudget()
         self._replica_id = replica_id
         self._build = dict(build or {})
-        self._strict = strict
+        self.strict = strict
 
     @property
     def state(self) -> GroupState:
@@ -71,28 +83,29 @@ class ApiService:
 
     async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(ChatRequest, body, strict=self._strict)
+        request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
+        self._check_room(predicted_works(request), "n")
         prompt = await asyncio.to_thread(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
     async def completions(self, body: object) -> Json | AsyncGenerator[Json, None]:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(CompletionRequest, body, strict=self._strict)
+        request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
+        self._check_room(predicted_works(request), "n")
         prompts = await asyncio.to_thread(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
 
     async def classify(self, body: object) -> Json:
         """/v1/classify: what the classification head says of each input. Raises ApiError."""
-        request = parse_request(ClassifyRequest, body, strict=self._strict)
+        request = parse_request(ClassifyRequest, body, strict=self.strict)
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
-        if request.messages is None:  # too many are refused before they are tokenized
-            self._admission.check(len(request.prompts), param)
+        self._check_room(predicted_works(request), param)
         inputs = await asyncio.to_thread(classify_inputs, self._model, request, param)
         computations = [
             Computation(
@@ -167,9 +180,8 @@ class ApiService:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         plans = plan_choices(self._model, request, token_ids, echoes)
-        self._check_ready()
-        self._admission.check(len(plans))
-        answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
+        self._check_room(works(plans), "n")
+        answer = Answer(self._client, self._gate, self._context(request), plans, token_ids)
         if not request.stream:
             return await answer.collect()
         chunks = answer.stream()
@@ -192,13 +204,26 @@ class ApiService:
 
     async def _compute(self, computations: Sequence[Computation], param: str) -> list[Arrays]:
         """Run sequences of the request's field `param`. Raises ApiError."""
-        self._check_ready()
-        self._admission.check(len(computations), param)
-        with self._admission.hold(len(computations)):
+        asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
+        self._check_room(asked, param)
+        with self._gate.hold(asked) as held:
             try:
-                return await compute(self._client, self._budget, computations)
+                rows = await compute(self._client, self._budget, computations)
+                for index in range(len(rows)):
+                    held.saw_token(index)
+                return rows
             except SEQUENCE_ERRORS as error:
                 raise api_error(error) from error
+
+    def check_room(self) -> None:
+        """Raises ApiError where no request at all would be admitted: 503 or 429."""
+        self._check_ready()
+        self._gate.check_room()
+
+    def _check_room(self, asked: Sequence[Work], param: str) -> None:
+        """Once before anything is tokenized, and again when its length is known."""
+        self._check_ready()
+        self._gate.check(asked, param)
 
     def _check_ready(self) -> None:
         state, unavailable = self._client.state, self._client.unavailable

@@ -31,7 +31,7 @@ def _is_text_list(value: Any) -> bool:
 
 
 # Field → what it may hold anyway, and that in words.
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+REFUSED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (_is([]), "an empty list"),
     "tool_choice": (_is("none", "auto"), "none, auto"),
     "functions": (_is([]), "an empty list"),
@@ -66,7 +66,7 @@ def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
 
     `served` are the fields that this route does read.
     """
-    for field, (allowed, words) in _REFUSED.items():
+    for field, (allowed, words) in REFUSED_FIELDS.items():
         value = body.get(field)
         if field not in served and value is not None and not allowed(value):
             raise ApiError(
