@@ -15,6 +15,8 @@ MAX_RETRY_S = 60.0
 """Clients take no longer Retry-After seriously."""
 _MIN_RETRY_S = 0.5
 _UNKNOWN_RETRY_S = 1.0
+_UNKNOWN_ANSWER_S = 0.5
+"""What an answer is taken to last before the first one has ended."""
 _UNLIMITED = 2**62
 
 
@@ -97,9 +99,13 @@ class Admission:
         raise self._overloaded(mine.begins, self._promise(works, now, room_s, seats))
 
     def check_room(self, now: float, load: EngineLoad) -> None:
-        """Raises ApiError 429 when not even a single sequence would be admitted by number."""
+        """Raises ApiError 429 when not even a single sequence would be admitted by number.
+
+        What is sent away unread is taken for an average request.
+        """
         if self.live >= self.limits.num_seats + self.limits.max_waiting:
-            self.check([Work(prompt_tokens=1, max_tokens=1)], now, load)
+            tokens = round(self.rates.tokens_per_prompt) or 1
+            self.check([Work(prompt_tokens=tokens, max_tokens=_UNLIMITED)], now, load)
 
     def begin(self, works: Sequence[Work], now: float) -> list[Ticket]:
         """Count sequences in; each must be ended."""
@@ -123,6 +129,7 @@ class Admission:
     def end(self, ticket: Ticket, now: float) -> None:
         """A sequence is no longer under way, for whatever reason."""
         del self._live[ticket]
+        self.rates.saw_prompt(ticket.work.prompt_tokens)
         if ticket.first is not None and ticket.work.max_tokens:
             self.rates.saw_answer(ticket.emitted, now - ticket.first)
 
@@ -167,7 +174,9 @@ class Admission:
         """
         demands = [self._demand(work) for work in works]
         takes = sum(demand.prefill_s + demand.decode_s / seats for demand in demands)
-        least = _MIN_RETRY_S if takes else _UNKNOWN_RETRY_S
+        least = _MIN_RETRY_S
+        if not self.rates.tokens_per_prompt:  # nothing has ended yet
+            least, takes = _UNKNOWN_RETRY_S, _UNKNOWN_ANSWER_S * len(works) / seats
         latest = now + MAX_RETRY_S
         due = min(latest, max(now + max(least, room_s), self._promised))
         self._promised = min(latest, due + takes)

@@ -30,6 +30,11 @@ class ServiceRates:
         self._prefill = _Ratio()
         self._decode = _Ratio()
         self._output = _Ratio()
+        self._prompt = _Ratio()
+
+    def saw_prompt(self, num_tokens: int) -> None:
+        """A sequence with such a prompt has ended, in whatever way."""
+        self._prompt.see(num_tokens, 1)
 
     def saw_prefill(self, num_tokens: int, seconds: float) -> None:
         """A prompt's computation kept the replica busy for so long; cached prefixes make it short.
@@ -53,6 +58,11 @@ class ServiceRates:
     def decode_s_per_token(self) -> float:
         """Seconds of one sequence among those that usually run."""
         return self._decode.value or 0.0
+
+    @property
+    def tokens_per_prompt(self) -> float:
+        """How long prompts are."""
+        return self._prompt.value or 0.0
 
     @property
     def tokens_per_answer(self) -> float:

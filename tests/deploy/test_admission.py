@@ -47,6 +47,7 @@ def asked(
 ) -> float | None:
     """None where they may come in, or the seconds after which they should come again."""
     try:
+        policy.check_room(now, load)
         policy.check(works, now, load)
     except ApiError as error:
         refused = error
@@ -215,10 +216,13 @@ class Server:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_clients_that_come_when_they_are_told_are_served(seed: int) -> None:
+@pytest.mark.parametrize("known", [False, True])
+def test_clients_that_come_when_they_are_told_are_served(seed: int, known: bool) -> None:
     """A crowd many times what may wait: nobody is sent away more than a few times."""
     rng = random.Random(seed)
-    policy = taught(admission(max_queue_s=5.0, max_waiting=8))
+    policy = admission(max_queue_s=5.0, max_waiting=8)
+    if known:
+        taught(policy)
     server = Server(policy, SEATS)
     arrivals = [(rng.uniform(0, 1), 0, i) for i in range(60)]
     heapq.heapify(arrivals)

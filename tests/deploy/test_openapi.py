@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
 import pytest
 import schemathesis
+import torch
 from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, Phase, Verbosity, given, settings
+from safetensors.torch import load_file, save_file
 from schemathesis import GenerationMode
 from schemathesis.checks import CHECKS, load_all_checks
 
@@ -172,11 +176,27 @@ READS = [(path, "GET") for path in ("/v1/models", "/v1/models/{name}", "/v1/expe
 READS += [("/health", "GET"), ("/health", "HEAD"), ("/ready", "GET"), ("/openapi.json", "GET")]
 
 
+def two_headed(folder: Path) -> Path:
+    """A random model that generates and classifies, with the texts of a nano model."""
+    from tests.tiny import write_tiny
+
+    write_tiny("jamba", folder, classifier=True, vocab_size=512, id2label={"0": "no", "1": "yes"})
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = torch.randn(512, 64, generator=torch.manual_seed(6)) / 8
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["JambaForSequenceClassification", "JambaForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(nano_checkpoint("nano-jamba") / name, folder)
+    return folder
+
+
 @pytest.fixture(scope="module")
-def real_server() -> Iterator[tuple[Any, str]]:
-    folder = nano_checkpoint("nano-jamba")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, str]]:
+    folder = two_headed(tmp_path_factory.mktemp("model"))
     with (
-        running_service(folder, executor="local", max_model_len=64, max_num_seqs=16) as service,
+        running_service(folder, executor="local", max_model_len=128, max_num_seqs=16) as service,
         threaded_server(build_api(service, options=HttpOptions(request_timeout_s=60))) as base,
     ):
         yield service, base

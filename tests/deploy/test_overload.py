@@ -94,11 +94,17 @@ async def test_openais_client_comes_again_and_is_served(make_api: MakeApi) -> No
         httpx.AsyncClient(event_hooks={"response": [note]}) as http,
         openai.AsyncOpenAI(base_url=base, api_key="k", http_client=http) as client,
     ):
+        await client.completions.create(model="nano-jamba", prompt="x")  # shows its speed
         replies = await asyncio.gather(
             *(client.completions.create(model="nano-jamba", prompt="x") for _ in range(3 * ROOM))
         )
     assert {reply.choices[0].text for reply in replies} == {"abc"}
-    assert statuses.count(200) == 3 * ROOM
+    rates = api.service._admission.rates
+    assert 0.02 <= rates.decode_s_per_token < 1
+    assert 0 < rates.prefill_s_per_token < 1
+    assert rates.tokens_per_answer == len(api.client.streams[0].ids)
+    assert rates.tokens_per_prompt == len(api.client.prompts[0])
+    assert statuses.count(200) == 3 * ROOM + 1
     assert statuses.count(429) >= 2 * ROOM - 5
     assert api.service._admission.live == 0
     assert api.service._admission.num_refused == statuses.count(429)
