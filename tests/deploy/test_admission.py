@@ -171,6 +171,17 @@ def test_retry_times_are_spread_and_bounded() -> None:
     assert later < 5
 
 
+def test_requests_sent_away_unread_count_as_usual_ones() -> None:
+    policy = taught(admission(max_waiting=2))
+    policy.begin([work()] * 4, 0.0)
+    times = []
+    for _ in range(10):
+        with pytest.raises(ApiError) as caught:
+            policy.check_room(0.0, IDLE)
+        times.append(caught.value.retry_after or 0)
+    assert times[9] - times[0] == pytest.approx(9 * (0.1 + 2 / SEATS), rel=0.05)
+
+
 @dataclass
 class Server:
     """A replica in simulated time: seats, prompts in turn, tokens at a steady pace."""
