@@ -66,6 +66,14 @@ def build_api(
     async def classify(request: Request) -> Response:
         return await _generate(request, service, service.classify, options)
 
+    @route("/tokenize", "POST")
+    async def tokenize(request: Request) -> Response:
+        return await _generate(request, service, service.tokenize, options)
+
+    @route("/detokenize", "POST")
+    async def detokenize(request: Request) -> Response:
+        return await _generate(request, service, service.detokenize, options)
+
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
         return json_response(service.models())

@@ -14,6 +14,7 @@ from deploy.http_keys import OPEN_PATHS
 from deploy.openai_errors import Json
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.openapi_requests import complete_request_schema
+from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
 from deploy.version import VERSION
 
 _STATUSES = {
@@ -68,6 +69,18 @@ OPERATIONS: Mapping[str, Operation] = {
     ),
     "/v1/classify": _CLASSIFY,
     "/classify": _CLASSIFY,
+    "/tokenize": Operation(
+        summary="The tokens of a text or a chat.",
+        request=TokenizeRequest,
+        reply=replies.Tokens,
+        errors=_ON_POST,
+    ),
+    "/detokenize": Operation(
+        summary="The text of tokens.",
+        request=DetokenizeRequest,
+        reply=replies.Text,
+        errors=_ON_POST,
+    ),
     "/v1/models": Operation(summary="The models that are served.", reply=replies.ModelList),
     "/v1/models/{name}": Operation(summary="One of them.", reply=replies.ModelCard, errors=(404,)),
     "/v1/experts": Operation(summary="Every actor and what it holds.", reply=replies.Experts),

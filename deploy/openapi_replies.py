@@ -127,6 +127,21 @@ class Classification(_Reply):
     usage: Usage
 
 
+class Tokens(_Reply):
+    """The answer of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class Text(_Reply):
+    """The answer of /detokenize."""
+
+    prompt: str
+
+
 class ModelCard(_Reply):
     """The model that is served."""
 

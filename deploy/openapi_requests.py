@@ -7,12 +7,12 @@ from typing import Any
 from pydantic import BaseModel
 
 from deploy.openai_errors import Json
-from deploy.unsupported import IGNORED_FIELDS, REFUSED_FIELDS
+from deploy.unsupported import IGNORED_FIELDS, REFUSED_FIELDS, REMOVED_FIELDS, WITHOUT_EFFECT
 
 # What neutral values are made of: those that a refused field allows are found by trying.
 _CANDIDATES: tuple[Any, ...] = (
     *([], {}, False, True, 0, 1, "", "none", "auto"),
-    *({"type": "text"}, ["text"]),
+    *({"type": "text"}, ["text"], "left", "medium", -1),
 )
 
 
@@ -30,8 +30,12 @@ def complete_request_schema(schemas: Json, model: type[BaseModel], *, strict: bo
                 "description": f"Not available in this version; allowed are null and {words}.",
                 "enum": [None, *neutral],
             }
+    for name, instead in REMOVED_FIELDS.items():
+        properties[name] = {"description": f"Not available any more; use {instead}.", "const": None}
     for name in sorted(IGNORED_FIELDS - model.model_fields.keys()):
         properties[name] = {"description": "Accepted; it has no effect on the answer."}
+    for name, (_, why) in WITHOUT_EFFECT.items():
+        properties[name] = {"description": f"Accepted; it has no effect: {why}."}
     if strict:
         schema["additionalProperties"] = False
         if "StreamOptions" in schemas:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from deploy.admission import Work
-from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, Message
+from deploy.message_schema import Message
+from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 
 _CHARS_PER_TOKEN = 4
 """Of English; others have fewer, so this promises too little work rather than too much."""

@@ -23,8 +23,11 @@ def validation_error(error: ValidationError) -> ApiError:
         return ApiError(
             f"{where}: missing required parameter", param=param, code="missing_required_parameter"
         )
+    if found["type"] == "extra_forbidden":
+        return ApiError(f"{where}: unknown parameter", param=param, code="unknown_parameter")
     code = "invalid_type" if _is_type_error(found) else "invalid_value"
-    return ApiError(f"{where}: {found['msg']}", param=param, code=code)
+    message = found["msg"].removeprefix("Value error, ")
+    return ApiError(f"{where}: {message}", param=param, code=code)
 
 
 def _is_type_error(error: ErrorDetails) -> bool:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.step import FinishReason, Token, WantedRows
-from shards.client import SequenceFailed
+from shards.client import SequenceFailed, SequenceRefused
 from shards.outputs import Outputs
 
 log = logging.getLogger("conclave.group")
@@ -52,6 +52,8 @@ class GroupStream:
                 self._ended = True
                 raise item
             self._ended = item.finish is not None
+            if item.error:
+                raise SequenceRefused(item.error)
             if item.finish is FinishReason.ERROR:
                 raise SequenceFailed("the model computed a value that is not finite")
             yield item
