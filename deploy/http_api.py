@@ -7,49 +7,61 @@ import hmac
 import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import TypeVar
 
+import msgspec
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from deploy.event_stream import EventStream, wait_for_disconnect
+from deploy.metrics import CONTENT_TYPE
 from deploy.openai_errors import ApiError, Json, error_body, internal_error
+from deploy.patient_stream import PatientStream
+from deploy.request_record import CLIENT_GONE, current_record
+from deploy.request_scope import RequestScope
 from deploy.service import ApiService
 from shards.client import GroupState
 
 log = logging.getLogger("conclave.ingress")
 
 _OPEN_PATHS = frozenset({"/health", "/ready"})
-_CLIENT_CLOSED = 499
 T = TypeVar("T")
 Route = Callable[[Request], Awaitable[Response]]
 
 
-def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
-    """The ASGI application of one replica; an empty `api_keys` lets everyone in."""
+def build_api(
+    service: ApiService, api_keys: tuple[str, ...] = (), *, behind_serve: bool = False
+) -> FastAPI:
+    """The ASGI application of one replica; an empty `api_keys` lets everyone in.
+
+    Serve's proxy answers with the `x-request-id` itself.
+    """
     app = FastAPI(title="Conclave", docs_url=None, redoc_url=None)
     app.add_exception_handler(HTTPException, _http_error)
     if api_keys:
         app.add_middleware(_ApiKeys, keys=api_keys)
+    # The last one added is the first to see a request.
+    app.add_middleware(
+        RequestScope, metrics=service.metrics, routes=app.router, echoes=not behind_serve
+    )
 
     def route(path: str, method: str) -> Callable[[Route], Route]:
         return lambda handler: app.api_route(path, methods=[method])(_guarded(handler))
 
     @route("/v1/chat/completions", "POST")
     async def chat(request: Request) -> Response:
-        return await _generate(request, service.chat)
+        return await _generate(request, service.chat, service.keep_alive_s)
 
     @route("/v1/completions", "POST")
     async def completions(request: Request) -> Response:
-        return await _generate(request, service.completions)
+        return await _generate(request, service.completions, service.keep_alive_s)
 
     @route("/classify", "POST")
     @route("/v1/classify", "POST")
     async def classify(request: Request) -> Response:
-        return await _generate(request, service.classify)
+        return await _generate(request, service.classify, service.keep_alive_s)
 
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
@@ -67,6 +79,11 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
     async def version(request: Request) -> Response:
         return _json(service.version())
 
+    @route("/metrics", "GET")
+    async def metrics(request: Request) -> Response:
+        text = await asyncio.to_thread(service.metrics.text)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
+
     @route("/health", "GET")
     async def health(request: Request) -> Response:
         failed = service.state in (GroupState.FAILED, GroupState.STOPPED)
@@ -83,7 +100,10 @@ def build_api(service: ApiService, api_keys: tuple[str, ...] = ()) -> FastAPI:
 
 def encode_json(body: Json) -> bytes:
     """Compact UTF-8; a lone surrogate that a client sent goes back as the escape it came as."""
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    try:
+        return msgspec.json.encode(body)
+    except (UnicodeEncodeError, TypeError):  # TypeError: NumPy's numbers
+        text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     return text.encode("utf-8", "backslashreplace")
 
 
@@ -92,6 +112,7 @@ def _json(body: Json, status: int = 200, headers: dict[str, str] | None = None) 
 
 
 def _error(error: ApiError) -> Response:
+    current_record().fail(error)
     headers = None if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     return _json(error.body(), error.status, headers)
 
@@ -106,7 +127,8 @@ def _guarded(handler: Route) -> Route:
         except ApiError as error:
             return _error(error)
         except ClientDisconnect:
-            return Response(status_code=_CLIENT_CLOSED)
+            current_record().client_gone = True
+            return Response(status_code=CLIENT_GONE)
         except Exception:
             log.exception("%s %s failed", request.method, request.url.path)
             return _error(internal_error())
@@ -126,19 +148,17 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _generate(
-    request: Request, answer: Callable[[object], Awaitable[Json | AsyncGenerator[Json, None]]]
+    request: Request,
+    answer: Callable[[object], Awaitable[Json | PatientStream]],
+    keep_alive_s: float,
 ) -> Response:
     body = await _read_json(request)
     result = await _unless_disconnected(request, answer(body))
     if result is None:
-        return Response(status_code=_CLIENT_CLOSED)
+        raise ClientDisconnect
     if isinstance(result, dict):
         return _json(result)
-    return StreamingResponse(
-        _events(result),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return EventStream(_events(result), result, keep_alive_s)
 
 
 async def _read_json(request: Request) -> object:
@@ -151,7 +171,7 @@ async def _read_json(request: Request) -> object:
 async def _unless_disconnected(request: Request, answer: Awaitable[T]) -> T | None:
     """The answer, or None after cancelling it because the client is gone."""
     work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_disconnect(request))
+    gone = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         return work.result() if work.done() else None
@@ -160,23 +180,23 @@ async def _unless_disconnected(request: Request, answer: Awaitable[T]) -> T | No
         work.cancel()
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _events(chunks: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, None]:
+async def _events(chunks: PatientStream) -> AsyncGenerator[bytes, None]:
     """Server-sent events; an error inside the stream is the last event before [DONE]."""
-    async with aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                yield b"data: " + encode_json(chunk) + b"\n\n"
-        except ApiError as error:
-            yield b"data: " + encode_json(error.body()) + b"\n\n"
-        except Exception:
-            log.exception("a stream failed")
-            yield b"data: " + encode_json(internal_error().body()) + b"\n\n"
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except ApiError as error:
+        current_record().fail(error)
+        yield _event(error.body())
+    except Exception:
+        log.exception("a stream failed")
+        current_record().fail(internal_error())
+        yield _event(internal_error().body())
     yield b"data: [DONE]\n\n"
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + encode_json(body) + b"\n\n"
 
 
 class _ApiKeys:

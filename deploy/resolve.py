@@ -49,6 +49,9 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    log_format: str
+    keep_alive_s: float
+    """After so long without a chunk a stream says that it lives."""
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
     warnings: tuple[str, ...] = ()
@@ -118,6 +121,8 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        log_format=args.log_format,
+        keep_alive_s=args.sse_keep_alive_seconds,
         threads=args.threads,
         warnings=(*config.notes, *_backend_warnings(config)),
     )

@@ -173,7 +173,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     except OSError as error:
         print(f"conclave: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
         return 1
-    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()])
+    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()], args.log_format)
     signals = _Signals()
     signals.install()
     try:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -19,11 +17,14 @@ from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
+from deploy.metrics import AnswerMeter, Metrics
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext, warnings
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
+from deploy.patient_stream import PatientStream
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
+from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
 from router.step import Want
 from shards.client import GroupState, ModelClient
@@ -44,6 +45,7 @@ class ApiService:
         max_num_batched_tokens: int,
         replica_id: str = "",
         build: Mapping[str, Any] | None = None,
+        keep_alive_s: float = 15.0,
     ) -> None:
         self._client = client
         self._model = model
@@ -53,6 +55,9 @@ class ApiService:
         self._budget = StepBudget()
         self._replica_id = replica_id
         self._build = dict(build or {})
+        self.keep_alive_s = keep_alive_s
+        """After so long without a chunk a stream says that it lives."""
+        self.metrics = Metrics(client, replica_id)
 
     @property
     def state(self) -> GroupState:
@@ -67,7 +72,7 @@ class ApiService:
             return {"state": str(self.state), "reason": failure}
         return {"state": str(self.state), **(asdict(trouble) if trouble is not None else {})}
 
-    async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
+    async def chat(self, body: object) -> Json | PatientStream:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(ChatRequest, body)
         self._check_model(request.model)
@@ -75,7 +80,7 @@ class ApiService:
         prompt = await asyncio.to_thread(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
-    async def completions(self, body: object) -> Json | AsyncGenerator[Json, None]:
+    async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(CompletionRequest, body)
         self._check_model(request.model)
@@ -161,23 +166,22 @@ class ApiService:
 
     async def _answer(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
-    ) -> Json | AsyncGenerator[Json, None]:
+    ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         plans = plan_choices(self._model, request, token_ids, echoes)
         self._check_ready()
         self._admission.check(len(plans))
-        answer = Answer(self._client, self._admission, self._context(request), plans, token_ids)
+        record = current_record()
+        meter = AnswerMeter(self.metrics, record)
+        context = self._context(request, record)
+        answer = Answer(self._client, self._admission, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
-        chunks = answer.stream()
-        # The first chunk waits for the first token, so that a refusal is still a plain error.
-        try:
-            first = await anext(chunks)
-        except BaseException:
-            await chunks.aclose()
-            raise
-        return _chain(first, chunks)
+        record.stream = True
+        stream = PatientStream(answer.stream())
+        await stream.begin(self.keep_alive_s)
+        return stream
 
     def _echoes(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
@@ -211,11 +215,13 @@ class ApiService:
                 retry_after=5,
             )
 
-    def _context(self, request: ChatRequest | CompletionRequest) -> ReplyContext:
+    def _context(
+        self, request: ChatRequest | CompletionRequest, record: RequestRecord
+    ) -> ReplyContext:
         chat = isinstance(request, ChatRequest)
         options = request.stream_options
         return ReplyContext(
-            request_id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            request_id=f"{'chatcmpl' if chat else 'cmpl'}-{record.request_id}",
             model=self._model.name,
             created=int(time.time()),
             tokenizer=self._model.tokenizer,
@@ -230,10 +236,3 @@ class ApiService:
             continuous_usage=options is not None and options.continuous_usage_stats,
             warnings=warnings(request.unknown_fields),
         )
-
-
-async def _chain(first: Json, rest: AsyncGenerator[Json, None]) -> AsyncGenerator[Json, None]:
-    async with aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item

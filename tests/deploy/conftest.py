@@ -42,6 +42,7 @@ class ScriptedStream:
     aborted: bool = False
     emitted: int = 0
     outputs: Arrays = field(default_factory=dict)
+    queue_seconds: float | None = 0.25
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         if self.sampling.max_tokens == 0:
