@@ -117,7 +117,14 @@ class ScriptedClient:
     def workers(self) -> tuple[WorkerStatus, ...]:
         return (
             WorkerStatus(
-                role="expert", index=1, pid=42, node_id="n", state="ready", experts=(1, 3)
+                role="expert",
+                index=1,
+                pid=42,
+                node_id="n",
+                state="alive",
+                deaths=2,
+                recoveries=1,
+                experts=(1, 3),
             ),
         )
 
