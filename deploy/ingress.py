@@ -138,6 +138,10 @@ class Ingress:
         """What /v1/experts shows."""
         return self._service.experts()
 
+    async def metrics(self) -> str:
+        """What /metrics shows of the replica that is asked."""
+        return (await asyncio.to_thread(self._service.metrics.text)).decode()
+
     def check_health(self) -> None:
         """Fails only when the supervisor has given up; healing is not ill health."""
         if self._group.state is GroupState.FAILED:

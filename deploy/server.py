@@ -177,7 +177,8 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     signals = _Signals()
     signals.install()
     try:
-        with ray_session(num_cpus(resolved), args.log_level):
+        shows_logs = args.log_level in ("debug", "info") or args.log_format == "json"
+        with ray_session(num_cpus(resolved), args.log_level, shows_logs=shows_logs):
             from ray import serve
 
             try:

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 from contextvars import ContextVar
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+RUNTIME_FOLDER = "CONCLAVE_RUNTIME_DIR"
+"""Environment variable of every process of a session of our own: its private folder."""
+RELAY_SOCKET = "log"
+"""In that folder, where somebody shows what comes: one line per datagram."""
+MAX_LINE = 1 << 16
 FORMATS = ("text", "json")
 request_id: ContextVar[str] = ContextVar("request_id", default="")
 """Of the request that is being answered here; every line says it."""
@@ -18,10 +26,31 @@ def log_to_stderr(level: int, log_format: str = "text") -> None:
     logger = logging.getLogger("conclave")
     logger.setLevel(level)
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = relay_handler() or logging.StreamHandler()
         handler.setFormatter(JsonLines() if log_format == "json" else TextLines())
         logger.addHandler(handler)
         logger.propagate = False
+
+
+def relay_handler() -> logging.Handler | None:
+    """What sends lines to the session's own terminal; None where nobody listens."""
+    folder = os.environ.get(RUNTIME_FOLDER)
+    address = Path(folder, RELAY_SOCKET) if folder else None
+    return _Relay(str(address)) if address is not None and address.is_socket() else None
+
+
+class _Relay(logging.Handler):
+    def __init__(self, address: str) -> None:
+        super().__init__()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.connect(address)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record).encode("utf-8", "backslashreplace")
+            self._socket.send(line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + b"...")
+        except Exception:  # also when the session ends first: said on standard error
+            self.handleError(record)
 
 
 def shown_format() -> str:
