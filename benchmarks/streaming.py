@@ -103,6 +103,14 @@ async def measure(server: Server, streams: int, tokens: int, gap_s: float) -> Co
     return Cost(server.name, streams, tokens, 1e6 * spent / (streams * tokens), seconds)
 
 
+def rest_us(server: Server, seconds: float = 3.0) -> float:
+    """Microseconds per second that a process spends when nobody asks."""
+    time.sleep(1)
+    before = cpu_seconds(server.pid)
+    time.sleep(seconds)
+    return 1e6 * (cpu_seconds(server.pid) - before) / seconds
+
+
 @contextmanager
 def bare_uvicorn(port: int) -> Iterator[Server]:
     """The bare endpoint in a process of its own, without Ray."""
@@ -140,6 +148,7 @@ def compare(options: argparse.Namespace) -> list[Cost]:
     serve.run(bare_deployment(most).bind(), name="bare", route_prefix="/bare")
     bare = Server("serve", options.port, "/bare/", process_titled("ray::ServeReplica:bare"))
     costs = []
+    print(f"at rest: {rest_us(ours):.0f} us of every second, bare Serve {rest_us(bare):.0f} us")
     with bare_uvicorn(options.port + 1) as plain:
         for streams in options.streams:
             for _ in range(options.rounds):
