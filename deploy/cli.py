@@ -152,9 +152,13 @@ def serve(
     recovery_timeout: Annotated[
         str | None, _option("--recovery-timeout", help="Seconds requests wait for recovery.")
     ] = None,
-    log_level: Annotated[
-        str | None, _option("--log-level", help="debug, info, warning, error.")
+    sse_keep_alive_seconds: Annotated[
+        str | None, _option("--sse-keep-alive-seconds", help="Seconds between signs of life.")
     ] = None,
+    log_level: Annotated[
+        str | None, _option("--log-level", help="debug, info (requests too), warning, error.")
+    ] = None,
+    log_format: Annotated[str | None, _option("--log-format", help="text, json.")] = None,
 ) -> None:
     """Serve one model until SIGTERM; prints `ready on http://HOST:PORT` when it can answer."""
     given = {key: value for key, value in locals().items() if key not in ("host", "port", "config")}

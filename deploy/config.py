@@ -128,7 +128,9 @@ class ServeArgs(BaseModel):
     step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0
     load_timeout: Annotated[float, Field(ge=1.0, le=86400)] = 1800.0
     recovery_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    sse_keep_alive_seconds: Annotated[float, Field(gt=0, le=3600)] = 15.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
+    log_format: Literal["text", "json"] = "text"
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> ServeArgs:

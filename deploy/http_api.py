@@ -6,37 +6,47 @@ import asyncio
 import functools
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
 from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import StreamingResponse
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from deploy.event_stream import EventStream, wait_for_disconnect
 from deploy.http_cors import Cors
 from deploy.http_keys import ApiKeys
 from deploy.http_limits import RequestDeadline, read_body
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response, json_response
+from deploy.metrics import CONTENT_TYPE
 from deploy.openai_errors import ApiError, Json, error_body, internal_error
 from deploy.openapi import openapi_document
+from deploy.patient_stream import PatientStream
 from deploy.request_json import decode_json
+from deploy.request_record import CLIENT_GONE, current_record
+from deploy.request_scope import RequestScope
 from deploy.service import ApiService
 from shards.client import GroupState
 
 log = logging.getLogger("conclave.ingress")
 
-_CLIENT_CLOSED = 499
 T = TypeVar("T")
 Route = Callable[[Request], Awaitable[Response]]
+Answering = Callable[[object], Awaitable[Json | PatientStream]]
 
 
 def build_api(
-    service: ApiService, api_keys: tuple[str, ...] = (), options: HttpOptions | None = None
+    service: ApiService,
+    api_keys: tuple[str, ...] = (),
+    options: HttpOptions | None = None,
+    *,
+    behind_serve: bool = False,
 ) -> FastAPI:
-    """The ASGI application of one replica; an empty `api_keys` lets everyone in."""
+    """The ASGI application of one replica; an empty `api_keys` lets everyone in.
+
+    Serve's proxy answers with the `x-request-id` itself.
+    """
     options = options or HttpOptions()
     app = FastAPI(title="Conclave", openapi_url=None)
     app.add_exception_handler(HTTPException, _http_error)
@@ -48,31 +58,38 @@ def build_api(
         app.add_middleware(ApiKeys, keys=api_keys)
     if options.cors_origins:
         app.add_middleware(Cors, origins=options.cors_origins)
+    app.add_middleware(
+        RequestScope, metrics=service.metrics, routes=app.router, echoes=not behind_serve
+    )
 
     def route(path: str, method: str) -> Callable[[Route], Route]:
         methods = ["GET", "HEAD"] if method == "GET" else [method]
         return lambda handler: app.api_route(path, methods=methods)(_guarded(handler))
 
+    async def generate(request: Request, answer: Answering) -> Response:
+        service.check_room()  # before the body is read: it may be large
+        return await _generate(request, answer, options, service.keep_alive_s)
+
     @route("/v1/chat/completions", "POST")
     async def chat(request: Request) -> Response:
-        return await _generate(request, service, service.chat, options)
+        return await generate(request, service.chat)
 
     @route("/v1/completions", "POST")
     async def completions(request: Request) -> Response:
-        return await _generate(request, service, service.completions, options)
+        return await generate(request, service.completions)
 
     @route("/classify", "POST")
     @route("/v1/classify", "POST")
     async def classify(request: Request) -> Response:
-        return await _generate(request, service, service.classify, options)
+        return await generate(request, service.classify)
 
     @route("/tokenize", "POST")
     async def tokenize(request: Request) -> Response:
-        return await _generate(request, service, service.tokenize, options)
+        return await _generate(request, service.tokenize, options, service.keep_alive_s)
 
     @route("/detokenize", "POST")
     async def detokenize(request: Request) -> Response:
-        return await _generate(request, service, service.detokenize, options)
+        return await _generate(request, service.detokenize, options, service.keep_alive_s)
 
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
@@ -89,6 +106,11 @@ def build_api(
     @route("/version", "GET")
     async def version(request: Request) -> Response:
         return json_response(service.version())
+
+    @route("/metrics", "GET")
+    async def metrics(request: Request) -> Response:
+        text = await asyncio.to_thread(service.metrics.text)
+        return Response(text, headers={"Content-Type": CONTENT_TYPE})
 
     @route("/health", "GET")
     async def health(request: Request) -> Response:
@@ -127,7 +149,8 @@ def _guarded(handler: Route) -> Route:
         except ApiError as error:
             return error_response(error)
         except ClientDisconnect:
-            return Response(status_code=_CLIENT_CLOSED)
+            current_record().client_gone = True
+            return Response(status_code=CLIENT_GONE)
         except Exception:
             log.exception("%s %s failed", request.method, request.url.path)
             return error_response(internal_error())
@@ -151,29 +174,21 @@ async def _internal_error(request: Request, error: Exception) -> Response:
 
 
 async def _generate(
-    request: Request,
-    service: ApiService,
-    answer: Callable[[object], Awaitable[Json | AsyncGenerator[Json, None]]],
-    options: HttpOptions,
+    request: Request, answer: Answering, options: HttpOptions, keep_alive_s: float
 ) -> Response:
-    service.check_room()  # before the body is read: it may be large
     body = decode_json(await read_body(request, options))
     result = await _unless_disconnected(request, answer(body))
     if result is None:
-        return Response(status_code=_CLIENT_CLOSED)
+        raise ClientDisconnect
     if isinstance(result, dict):
         return json_response(result)
-    return StreamingResponse(
-        _events(result),
-        media_type="text/event-stream",
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return EventStream(_events(result), result, keep_alive_s)
 
 
 async def _unless_disconnected(request: Request, answer: Awaitable[T]) -> T | None:
     """The answer, or None after cancelling it because the client is gone."""
     work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(_disconnect(request))
+    gone = asyncio.ensure_future(wait_for_disconnect(request.receive))
     try:
         await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
         return work.result() if work.done() else None
@@ -182,20 +197,20 @@ async def _unless_disconnected(request: Request, answer: Awaitable[T]) -> T | No
         work.cancel()
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        continue
-
-
-async def _events(chunks: AsyncGenerator[Json, None]) -> AsyncGenerator[bytes, None]:
+async def _events(chunks: PatientStream) -> AsyncGenerator[bytes, None]:
     """Server-sent events; an error inside the stream is the last event before [DONE]."""
-    async with aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                yield b"data: " + encode_json(chunk) + b"\n\n"
-        except ApiError as error:
-            yield b"data: " + encode_json(error.body()) + b"\n\n"
-        except Exception:
-            log.exception("a stream failed")
-            yield b"data: " + encode_json(internal_error().body()) + b"\n\n"
+    try:
+        async for chunk in chunks:
+            yield _event(chunk)
+    except ApiError as error:
+        current_record().fail(error)
+        yield _event(error.body())
+    except Exception:
+        log.exception("a stream failed")
+        current_record().fail(internal_error())
+        yield _event(internal_error().body())
     yield b"data: [DONE]\n\n"
+
+
+def _event(body: Json) -> bytes:
+    return b"data: " + encode_json(body) + b"\n\n"

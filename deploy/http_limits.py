@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response
 from deploy.openai_errors import ApiError
+from deploy.request_record import current_record
 
 _LAST_WORDS_S = 1.0
 
@@ -100,6 +101,7 @@ class RequestDeadline:
             # Whoever does not read does not hear it either.
             async with asyncio.timeout(_LAST_WORDS_S):
                 if started:
+                    current_record().fail(error)
                     await send(_last_event(started[0], error))
                 else:
                     await error_response(error)(scope, receive, send)

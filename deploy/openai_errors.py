@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from shards.client import GroupUnavailable
@@ -38,6 +39,10 @@ class ApiError(Exception):
         self.code = "invalid_value" if code is None and param is not None else code
         self.retry_after = retry_after
         self.headers = dict(headers or {})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        keywords = {key: value for key, value in vars(self).items() if key != "message"}
+        return partial(type(self), self.message, **keywords), ()
 
     def body(self) -> Json:
         """The JSON object of the response."""
@@ -92,6 +97,16 @@ def request_failed_worker() -> ApiError:
         status=500,
         kind="server_error",
         code="request_failed_worker",
+    )
+
+
+def reader_too_slow() -> ApiError:
+    """A stream whose client does not read it."""
+    return ApiError(
+        "The stream was ended: its client reads it too slowly.",
+        status=408,
+        kind="timeout_error",
+        code="client_too_slow",
     )
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -22,12 +20,15 @@ from deploy.field_warnings import field_warnings
 from deploy.forward import Outputs, plan_forward
 from deploy.gate import Gate
 from deploy.generation import plan_choices
+from deploy.metrics import AnswerMeter, Metrics
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
+from deploy.patient_stream import PatientStream
 from deploy.predicted_work import predicted_works
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
+from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
 from deploy.text_threads import TextThreads
 from deploy.tokenization import detokenize_body, tokenize_body
@@ -55,6 +56,7 @@ class ApiService:
         strict: bool = False,
         block_size: int = 1,
         max_queue_s: float = 120.0,
+        keep_alive_s: float = 15.0,
     ) -> None:
         self._client = client
         self._model = model
@@ -74,6 +76,9 @@ class ApiService:
         self._replica_id = replica_id
         self._build = dict(build or {})
         self.strict = strict
+        self.keep_alive_s = keep_alive_s
+        """After so long without a chunk a stream says that it lives."""
+        self.metrics = Metrics(client, replica_id)
 
     @property
     def state(self) -> GroupState:
@@ -88,7 +93,7 @@ class ApiService:
             return {"state": str(self.state), "reason": failure}
         return {"state": str(self.state), **(asdict(trouble) if trouble is not None else {})}
 
-    async def chat(self, body: object) -> Json | AsyncGenerator[Json, None]:
+    async def chat(self, body: object) -> Json | PatientStream:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
@@ -97,7 +102,7 @@ class ApiService:
         prompt = await self._text.run(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
-    async def completions(self, body: object) -> Json | AsyncGenerator[Json, None]:
+    async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
@@ -195,24 +200,23 @@ class ApiService:
 
     async def _answer(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
-    ) -> Json | AsyncGenerator[Json, None]:
+    ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         reading = prompts[0].reading
         grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_room(works(plans), "n")
-        answer = Answer(self._client, self._gate, self._context(request), plans, token_ids)
+        record = current_record()
+        meter = AnswerMeter(self.metrics, record)
+        context = self._context(request, record)
+        answer = Answer(self._client, self._gate, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
-        chunks = answer.stream()
-        # The first chunk waits for the first token, so that a refusal is still a plain error.
-        try:
-            first = await anext(chunks)
-        except BaseException:
-            await chunks.aclose()
-            raise
-        return _chain(first, chunks)
+        record.stream = True
+        stream = PatientStream(answer.stream())
+        await stream.begin(self.keep_alive_s)
+        return stream
 
     def _echoes(
         self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
@@ -259,11 +263,13 @@ class ApiService:
                 retry_after=5,
             )
 
-    def _context(self, request: ChatRequest | CompletionRequest) -> ReplyContext:
+    def _context(
+        self, request: ChatRequest | CompletionRequest, record: RequestRecord
+    ) -> ReplyContext:
         chat = isinstance(request, ChatRequest)
         options = request.stream_options
         return ReplyContext(
-            request_id=f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
+            request_id=f"{'chatcmpl' if chat else 'cmpl'}-{record.request_id}",
             model=self._model.name,
             created=int(time.time()),
             tokenizer=self._model.tokenizer,
@@ -281,10 +287,3 @@ class ApiService:
                 *grammar_warnings(self._model, request),
             ),
         )
-
-
-async def _chain(first: Json, rest: AsyncGenerator[Json, None]) -> AsyncGenerator[Json, None]:
-    async with aclosing(rest):
-        yield first
-        async for item in rest:
-            yield item

@@ -44,6 +44,7 @@ class ScriptedStream:
     aborted: bool = False
     emitted: int = 0
     outputs: Arrays = field(default_factory=dict)
+    queue_seconds: float | None = 0.25
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         if self.sampling.max_tokens == 0:
@@ -121,7 +122,14 @@ class ScriptedClient:
     def workers(self) -> tuple[WorkerStatus, ...]:
         return (
             WorkerStatus(
-                role="expert", index=1, pid=42, node_id="n", state="ready", experts=(1, 3)
+                role="expert",
+                index=1,
+                pid=42,
+                node_id="n",
+                state="alive",
+                deaths=2,
+                recoveries=1,
+                experts=(1, 3),
             ),
         )
 

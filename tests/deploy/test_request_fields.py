@@ -13,7 +13,13 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.shared import ReasoningEffort as TheirEffort
 
 from deploy.openai_schema import ChatRequest, CompletionRequest, ReasoningEffort, StreamOptions
-from deploy.unsupported import _INSTEAD, IGNORED_FIELDS, REFUSED_FIELDS, WITHOUT_EFFECT
+from deploy.unsupported import (
+    _INSTEAD,
+    IGNORED_FIELDS,
+    REFUSED_FIELDS,
+    REMOVED_FIELDS,
+    WITHOUT_EFFECT,
+)
 from tests.deploy.http_client import post
 
 MakeApi = Callable[..., Any]
@@ -89,7 +95,7 @@ VLLM_CHAT = {
 
 
 def known(kind: type[ChatRequest] | type[CompletionRequest]) -> set[str]:
-    return {*kind.model_fields, *IGNORED_FIELDS, *REFUSED_FIELDS, *WITHOUT_EFFECT}
+    return {*kind.model_fields, *IGNORED_FIELDS, *REFUSED_FIELDS, *REMOVED_FIELDS, *WITHOUT_EFFECT}
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
