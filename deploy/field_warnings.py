@@ -22,8 +22,9 @@ def field_warnings(model: ServedModel, request: ApiRequest) -> tuple[str, ...]:
         options = request.stream_options
         if options is not None and options.include_obfuscation:
             found.append("stream_options.include_obfuscation has no effect: nothing is padded")
-    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
-        if request.max_tokens not in (None, request.max_completion_tokens):
+    if isinstance(request, ChatRequest):
+        newer = request.max_completion_tokens
+        if newer is not None and request.max_tokens not in (None, newer):
             found.append("max_tokens has no effect beside max_completion_tokens, its newer name")
     if isinstance(request, TemplateFields) and getattr(request, "messages", None):
         found += _unread(model, request)
