@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.backends import kernel_choice, missing_for_mamba_ssm
+from deploy.backends import backend_warnings, kernel_choice
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.exchange_bound import check_exchange, few_tokens
+from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
 from router.limits import EngineLimits
@@ -50,8 +51,19 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    http: HttpOptions
+    max_queue_s: float
+    strict_requests: bool
+    tool_call_parser: str
+    reasoning_parser: str
+    log_format: str
+    keep_alive_s: float
+    """After so long without a chunk a stream says that it lives."""
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
+    chat_template: str | None = None
+    """The text that takes the place of the checkpoint's templates."""
+    trust_request_chat_template: bool = False
     warnings: tuple[str, ...] = ()
     """What is unusual about the checkpoint or about how it is computed."""
 
@@ -84,6 +96,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     if name is None:
         name = args.model if args.model in NANO_MODELS else folder.name
     # The models import torch, which takes seconds: the cheap checks come first.
+    from deploy.chat_files import given_template
     from deploy.served_model import load_served_model
     from shards.checkpoint import open_model
     from shards.verify import verify
@@ -93,11 +106,20 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
+        chat_template = given_template(args.chat_template)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"chat_template={args.chat_template}: {_one_sentence(error)}") from error
+    try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)
         # Read here to fail now; the ingress reads tokenizer and template again.
         served = load_served_model(
-            name, str(folder), config.vocab_size, config.max_position_embeddings
+            name,
+            str(folder),
+            config.vocab_size,
+            config.max_position_embeddings,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
@@ -119,8 +141,17 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
+        http=args.http,
+        max_queue_s=args.max_queue_seconds,
+        strict_requests=args.strict_requests,
+        tool_call_parser=served.tool_call_parser,
+        reasoning_parser=served.reasoning_parser,
+        log_format=args.log_format,
+        keep_alive_s=args.sse_keep_alive_seconds,
         threads=args.threads,
-        warnings=(*config.notes, *_backend_warnings(config)),
+        chat_template=chat_template,
+        trust_request_chat_template=args.trust_request_chat_template,
+        warnings=(*config.notes, *backend_warnings(config)),
     )
 
 
@@ -129,36 +160,6 @@ def _unused_token_ids(served: ServedModel) -> IdRanges:
     if served.tokenizer is None:
         return ()
     return served.tokenizer.unused_ranges(served.vocab_size)
-
-
-def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
-    """Which backend runs instead of one that the checkpoint asks for, and why."""
-    from models.jamba import JambaConfig
-
-    if not (isinstance(config, JambaConfig) and config.use_mamba_kernels):
-        return ()
-    return (
-        "use_mamba_kernels is true, but the mamba backend is not mamba_ssm, because "
-        f"{missing_for_mamba_ssm()}",
-    )
-
-
-def bundle_cpus(resolved: ResolvedArgs) -> list[float]:
-    """CPUs of each bundle of a replica's placement group.
-
-    Bundle 0 holds ingress, engine and dispatcher; every other actor has its own.
-    """
-    spec, each = resolved.spec, resolved.cpus_per_actor
-    if spec.executor == "local":
-        return [round(2 * each, 4)]
-    in_first = 3 if spec.num_expert_shards else 2
-    others = len(spec.stage_layers) + spec.num_expert_shards
-    return [round(in_first * each, 4)] + [each] * others
-
-
-def num_cpus(resolved: ResolvedArgs) -> float:
-    """CPUs that all replicas reserve at most."""
-    return resolved.max_replicas * sum(bundle_cpus(resolved))
 
 
 def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:

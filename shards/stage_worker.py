@@ -215,6 +215,7 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -
             dtype=dtype,
             few_tokens=limits.few_tokens,
             unused_ids=group.unused_token_ids,
+            vocabulary=group.vocabulary,
         )
 
     shape = MoeShape(config.hidden_size, config.top_k)
