@@ -109,7 +109,7 @@ _WITHOUT_EFFECT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "prompt_cache_retention": (_is("in_memory"), "prompts stay cached as long as there is room"),
     "request_id": (_is(), "send the header x-request-id"),
 }
-KNOWN_FIELDS = IGNORED_FIELDS | _WITHOUT_EFFECT.keys() | _REFUSED.keys()
+KNOWN_FIELDS = IGNORED_FIELDS | _WITHOUT_EFFECT.keys() | _REFUSED.keys() | _REMOVED.keys()
 
 
 def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
