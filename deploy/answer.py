@@ -7,9 +7,18 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from deploy.admission import Admission
+from deploy.admission import Work
+from deploy.gate import Gate
 from deploy.generation import ChoicePlan, Delta, run_choices
-from deploy.openai_errors import ApiError, Json, not_finite, recovering, request_failed_worker
+from deploy.metrics import AnswerMeter
+from deploy.openai_errors import (
+    ApiError,
+    Json,
+    not_finite,
+    reader_too_slow,
+    recovering,
+    request_failed_worker,
+)
 from deploy.openai_replies import (
     ChoiceReply,
     ReplyContext,
@@ -25,6 +34,7 @@ from shards.client import (
     GroupFailed,
     GroupUnavailable,
     ModelClient,
+    ReaderTooSlow,
     SequenceFailed,
     SequenceRefused,
     WorkerKilled,
@@ -42,16 +52,18 @@ class Answer:
     def __init__(
         self,
         client: ModelClient,
-        admission: Admission,
+        gate: Gate,
         context: ReplyContext,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[tuple[int, ...]],
+        meter: AnswerMeter,
     ) -> None:
         self._client = client
-        self._admission = admission
+        self._gate = gate
         self._context = context
         self._plans = plans
         self._prompts = prompts
+        self._meter = meter
 
     async def collect(self) -> Json:
         """The whole body. Raises ApiError."""
@@ -99,11 +111,14 @@ class Answer:
         return await asyncio.to_thread(chunk_choice, self._context, plan, delta)
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        with self._admission.hold(len(self._plans)):
+        with self._gate.hold(works(self._plans)) as held:
+            self._meter.start(self._prompts)
             deltas = run_choices(self._client, self._plans, self._context.tokenizer)
             async with aclosing(deltas):
                 try:
                     async for delta in deltas:
+                        held.saw_token(delta.index)
+                        self._meter.see(delta)
                         yield delta
                 except SEQUENCE_ERRORS as error:
                     raise api_error(error) from error
@@ -137,6 +152,11 @@ class Answer:
         return body
 
 
+def works(plans: Sequence[ChoicePlan]) -> list[Work]:
+    """What the plans ask of the engine."""
+    return [Work(prompt_tokens=len(p.prompt), max_tokens=p.sampling.max_tokens) for p in plans]
+
+
 SequenceError = SequenceRefused | SequenceFailed | GroupUnavailable | GroupFailed
 SEQUENCE_ERRORS = (SequenceRefused, SequenceFailed, GroupUnavailable, GroupFailed)
 
@@ -147,6 +167,8 @@ def api_error(error: SequenceError) -> ApiError:
         return ApiError(str(error), code="sequence_refused")
     if isinstance(error, WorkerKilled):
         return request_failed_worker()
+    if isinstance(error, ReaderTooSlow):
+        return reader_too_slow()
     if isinstance(error, SequenceFailed):
         return not_finite()
     if isinstance(error, GroupUnavailable):
@@ -163,6 +185,8 @@ def api_error(error: SequenceError) -> ApiError:
 
 def _worth_sending(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> bool:
     detailed = context.token_ids or context.num_logprobs is not None or context.continuous_usage
+    # Without a tokenizer no chunk has text; they show that tokens come.
+    detailed = detailed or context.tokenizer is None
     echoes = plan.echo is not None and delta.is_first
     brings = delta.text or delta.reasoning or delta.calls or delta.finish is not None
     return detailed or echoes or bool(brings)

@@ -49,7 +49,8 @@ class Delta:
     """One token's contribution to a choice; `text`, of its content, may lag behind or run empty.
 
     `offset` is where the token's own text begins in the text that was generated. `prompt` holds
-    what was wanted of the prompt; it comes with the first delta.
+    what was wanted of the prompt, `queue_seconds` how long the sequence waited for its first step:
+    both come with the first delta.
     """
 
     index: int
@@ -62,6 +63,7 @@ class Delta:
     calls: tuple[CallDelta, ...] = ()
     thinking: bool = False
     """Whether the token belongs to the reasoning."""
+    queue_seconds: float | None = None
 
     @property
     def is_first(self) -> bool:
@@ -225,8 +227,9 @@ async def run_choice(
     try:
         async for token in stream:
             delta = text.push(token)
-            if delta.is_first and plan.want != NOTHING:
-                delta = replace(delta, prompt=stream.outputs)
+            if delta.is_first:
+                prompt = stream.outputs if plan.want != NOTHING else None
+                delta = replace(delta, prompt=prompt, queue_seconds=stream.queue_seconds)
             yield delta
             if delta.finish is not None:
                 return
@@ -243,16 +246,17 @@ async def run_choices(
             async for delta in deltas:
                 yield delta
         return
-    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue()
+    # Bounded: what a slow reader has not taken waits in the sequences' own streams.
+    queue: asyncio.Queue[Delta | Exception | None] = asyncio.Queue(2 * len(plans))
 
     async def pump(plan: ChoicePlan) -> None:
         try:
             async with aclosing(run_choice(client, plan, tokenizer)) as deltas:
                 async for delta in deltas:
-                    queue.put_nowait(delta)
-            queue.put_nowait(None)
+                    await queue.put(delta)
+            await queue.put(None)
         except Exception as error:
-            queue.put_nowait(error)
+            await queue.put(error)
 
     tasks = [asyncio.create_task(pump(plan)) for plan in plans]
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
 
@@ -12,8 +11,9 @@ from fastapi import FastAPI
 from ray import serve
 
 from deploy.cpu_features import instruction_set
+from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
-from deploy.openai_errors import ApiError, Json, internal_error
+from deploy.openai_errors import Json
 from deploy.printable import printable
 from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
@@ -23,6 +23,7 @@ from deploy.vocabulary import vocabulary_of
 from models.kernels.choice import backends, resolve_kernels
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores, default_threads
+from shards.logs import log_to_stderr
 from shards.spec import GroupSpec
 
 log = logging.getLogger("conclave.ingress")
@@ -83,8 +84,9 @@ class Ingress:
 
     # Serve awaits constructors that are coroutines.
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
-        logging.getLogger("conclave").setLevel(resolved.log_level.upper())
-        self._api_keys = resolved.api_keys
+        level = logging.getLevelNamesMapping()[resolved.log_level.upper()]
+        log_to_stderr(level, resolved.log_format)
+        self._api_keys, self._http = resolved.api_keys, resolved.http
         # Chosen here, where the weights will be, and not wherever the command was typed.
         spec = await asyncio.to_thread(settle, resolved)
         model = load_served_model(
@@ -110,38 +112,43 @@ class Ingress:
             self._group,
             model,
             resolved.facts,
-            max_num_seqs=spec.limits.max_num_seqs,
+            max_num_seqs=spec.limits.num_seats,
             max_num_batched_tokens=spec.limits.max_num_batched_tokens,
             replica_id=context.replica_tag,
             build=build_facts(resolved),
+            strict=resolved.strict_requests,
+            block_size=spec.limits.block_size,
+            max_queue_s=resolved.max_queue_s,
+            keep_alive_s=resolved.keep_alive_s,
         )
+        self._calls = HandleCalls(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._api_keys)
+        return build_api(self._service, self._api_keys, self._http, behind_serve=True)
 
     async def chat(self, body: Json) -> Any:
         """A chat completion; with `stream` an async generator of chunks."""
-        return await _or_error(self._service.chat, body, streams=_streams(body))
+        return await self._calls.generate("chat", body)
 
     async def completions(self, body: Json) -> Any:
         """A completion; with `stream` an async generator of chunks."""
-        return await _or_error(self._service.completions, body, streams=_streams(body))
+        return await self._calls.generate("completions", body)
 
     async def classify(self, body: Json) -> Any:
         """What /v1/classify answers."""
-        return await _or_error(self._service.classify, body)
+        return await self._calls.answer("classify", body)
 
     async def tokenize(self, body: Json) -> Any:
         """What /tokenize answers."""
-        return await _or_error(self._service.tokenize, body)
+        return await self._calls.answer("tokenize", body)
 
     async def detokenize(self, body: Json) -> Any:
         """What /detokenize answers."""
-        return await _or_error(self._service.detokenize, body)
+        return await self._calls.answer("detokenize", body)
 
     async def forward(self, body: Json) -> Any:
         """One forward over a batch of token ids: numpy arrays as Transformers names them."""
-        return await _or_error(self._service.forward, body)
+        return await self._calls.answer("forward", body)
 
     async def models(self) -> Json:
         """What /v1/models shows."""
@@ -150,6 +157,10 @@ class Ingress:
     async def experts(self) -> Json:
         """What /v1/experts shows."""
         return self._service.experts()
+
+    async def metrics(self) -> str:
+        """What /metrics shows of the replica that is asked."""
+        return (await asyncio.to_thread(self._service.metrics.text)).decode()
 
     def check_health(self) -> None:
         """Fails only when the supervisor has given up; healing is not ill health."""
@@ -160,35 +171,3 @@ class Ingress:
         group = getattr(self, "_group", None)
         if group is not None:
             await asyncio.to_thread(group.stop)
-
-
-def _streams(body: object) -> bool:
-    value = body.get("stream") if isinstance(body, dict) else None
-    return isinstance(value, int) and value != 0
-
-
-async def _or_error(call: Any, body: Json, *, streams: bool = False) -> Any:
-    """Errors are answers too: handles get the OpenAI error body instead of an exception."""
-    try:
-        result = await call(body)
-    except ApiError as error:
-        return _once(error.body()) if streams else error.body()
-    except Exception:
-        log.exception("a handle call failed")
-        failure = internal_error().body()
-        return _once(failure) if streams else failure
-    return result if isinstance(result, dict) else _with_errors(result)
-
-
-async def _once(body: Json) -> AsyncGenerator[Json, None]:
-    yield body
-
-
-async def _with_errors(chunks: AsyncGenerator[Json, None]) -> AsyncGenerator[Json, None]:
-    try:
-        async for chunk in chunks:
-            yield chunk
-    except ApiError as error:
-        yield error.body()
-    finally:
-        await chunks.aclose()

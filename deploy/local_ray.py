@@ -11,23 +11,26 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from deploy import guardian
-
-RUNTIME_FOLDER = "CONCLAVE_RUNTIME_DIR"
-"""Environment variable of every process of a session: its private folder."""
+from deploy.log_relay import relayed_logs
+from shards.logs import RUNTIME_FOLDER
 
 
 @contextmanager
-def ray_session(num_cpus: float, log_level: str = "warning") -> Iterator[None]:
+def ray_session(
+    num_cpus: float, log_level: str = "warning", *, shows_logs: bool = False
+) -> Iterator[None]:
     """Ray connected on entry, gone without trace on exit (also after SIGKILL, if it is ours).
 
     A Ray of our own has at least `num_cpus` CPUs on its books, so that every actor is placed.
+    With `shows_logs` the lines of a Ray of our own come to standard error here.
     The main thread must enter: Ray's processes die with the thread that started them.
     """
-    session = _joined_cluster() if os.environ.get("RAY_ADDRESS") else _own_ray(num_cpus, log_level)
+    joins = bool(os.environ.get("RAY_ADDRESS"))
+    session = _joined_cluster() if joins else _own_ray(num_cpus, log_level, shows_logs)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with session:
         # Ray takes the signals over; the command line's own handlers drain first.
@@ -49,19 +52,20 @@ def _joined_cluster() -> Iterator[None]:
 
 
 @contextmanager
-def _own_ray(num_cpus: float, log_level: str) -> Iterator[None]:
+def _own_ray(num_cpus: float, log_level: str, shows_logs: bool) -> Iterator[None]:
     # Short: Ray's socket paths below it must fit into 107 characters.
     folder = tempfile.mkdtemp(prefix="cv-", dir="/tmp" if os.access("/tmp", os.W_OK) else None)
     watcher = _start_guardian(folder)
     environment = dict(os.environ)
     try:
-        _start_ray(folder, num_cpus, log_level)
-        import ray
+        with relayed_logs(folder) if shows_logs else nullcontext():
+            _start_ray(folder, num_cpus, log_level)
+            import ray
 
-        try:
-            yield
-        finally:
-            ray.shutdown()
+            try:
+                yield
+            finally:
+                ray.shutdown()
     finally:
         os.environ.clear()
         os.environ.update(environment)
@@ -123,6 +127,7 @@ def _set_environment(folder: str) -> None:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "deploy.proxy_request_id:middlewares",
     }
     for key, value in settings.items():
         os.environ.setdefault(key, value)

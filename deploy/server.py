@@ -18,7 +18,8 @@ from typing import Any
 
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
-from deploy.resolve import ResolvedArgs, num_cpus, resolve
+from deploy.reservation import num_cpus
+from deploy.resolve import ResolvedArgs, resolve
 from shards.client import GroupFailed
 from shards.logs import log_to_stderr
 
@@ -173,11 +174,12 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     except OSError as error:
         print(f"conclave: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
         return 1
-    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()])
+    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()], args.log_format)
     signals = _Signals()
     signals.install()
     try:
-        with ray_session(num_cpus(resolved), args.log_level):
+        shows_logs = args.log_level in ("debug", "info") or args.log_format == "json"
+        with ray_session(num_cpus(resolved), args.log_level, shows_logs=shows_logs):
             from ray import serve
 
             try:

@@ -23,8 +23,8 @@ log = logging.getLogger("conclave.actors")
 class _Shell:
     """`start` loads, `run` is the data loop that never returns: its end is the death watch."""
 
-    def __init__(self, log_level: int) -> None:
-        log_to_stderr(log_level)
+    def __init__(self, log_level: int, log_format: str) -> None:
+        log_to_stderr(log_level, log_format)
         self._worker: RunsForever | None = None
 
     def node_id(self) -> str:
@@ -79,8 +79,8 @@ class ExpertActor(_Shell):
 class SpareActor(_Shell):
     """Warm and without weights, until it is told to start as any of the others."""
 
-    def __init__(self, group: GroupSpec, log_level: int) -> None:
-        super().__init__(log_level)
+    def __init__(self, group: GroupSpec, log_level: int, log_format: str) -> None:
+        super().__init__(log_level, log_format)
         warm_up(group)
 
     def is_warm(self) -> bool:

@@ -36,6 +36,10 @@ class WorkerKilled(SequenceFailed):
     """Workers died of this very sequence: it was the only one that ran when the last one did."""
 
 
+class ReaderTooSlow(SequenceFailed):
+    """Whoever reads the tokens is too many of them behind."""
+
+
 class GroupUnavailable(RuntimeError):
     """The model instance has been healing for longer than requests wait; it goes on healing."""
 
@@ -59,6 +63,8 @@ class WorkerStatus:
     state: str
     incarnation: int = 0
     deaths: int = 0
+    recoveries: int = 0
+    """Successors of dead incarnations that have loaded."""
     last_reason: str = ""
     """Why its last incarnation died."""
     experts: tuple[int, ...] = ()
@@ -87,6 +93,10 @@ class TokenStream(Protocol):
 
         Raises SequenceRefused, SequenceFailed, GroupUnavailable or GroupFailed.
         """
+
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long it waited for its first step; None while it does."""
 
     @property
     def outputs(self) -> dict[str, NDArray[np.generic]]:

@@ -7,7 +7,13 @@ from dataclasses import dataclass, field
 
 from router.step import NOTHING, Abort, Admit, SamplingParams, Token, TokenBatch, Want, WantedRows
 
-Deliver = Callable[[Token | WantedRows | Exception], None]
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A sequence is in a step in flight: for the first time, or again after it had to give way."""
+
+
+Deliver = Callable[[Token | WantedRows | Begun | Exception], None]
 
 
 @dataclass(slots=True)
@@ -115,6 +121,11 @@ class Journal:
     def _tell(self, entry: JournalEntry) -> Admit:
         entry.known_in = self.epoch
         return entry.admit(self.epoch)
+
+    def note_begun(self, seq_ids: Collection[int]) -> None:
+        """Tell whoever reads these sequences that they wait no more."""
+        for seq_id in seq_ids:
+            self._entries[seq_id].deliver(Begun())
 
     def accept(self, batch: TokenBatch, refused: Callable[[str], Exception]) -> Moved:
         """Deliver the rows of the current epoch in order.

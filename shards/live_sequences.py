@@ -71,8 +71,9 @@ class LiveSequences:
     def take(self, batch: TokenBatch) -> bool:
         """What the engine says of one step; whether anybody got on by it."""
         if batch.started:
-            known = (seq_id for seq_id in batch.started if seq_id in self._journal)
+            known = [seq_id for seq_id in batch.started if seq_id in self._journal]
             self._suspects.on_started(batch.epoch, known)
+            self._journal.note_begun(known)
         moved = self._journal.accept(batch, SequenceRefused)
         for seq_id in moved.on:
             self._suspects.on_progress(seq_id)

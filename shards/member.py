@@ -43,10 +43,12 @@ class Member:
     failures: int = 0
     """Deaths in a row: without a token of anybody in between, and without a stable life."""
     deaths: int = 0
+    recoveries: int = 0
     last_reason: str = ""
 
     def rise(self, started: Started, now: float, start_no: int) -> None:
         """It has loaded."""
+        self.recoveries += self.deaths > 0
         self.started, self.started_at, self.start_no = started, now, start_no
 
     def fall(self, reason: str, now: float) -> None:
@@ -71,6 +73,7 @@ class Member:
             state="alive" if started else waiting,
             incarnation=spec.incarnation,
             deaths=self.deaths,
+            recoveries=self.recoveries,
             last_reason=self.last_reason,
             experts=experts,
             layers=layers,

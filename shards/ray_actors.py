@@ -11,6 +11,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from shards.logs import shown_format
+
 log = logging.getLogger("conclave.launcher")
 
 
@@ -40,7 +42,7 @@ class ActorPlaces:
     def create(
         self, actor: Any, name: str, bundle: int, arguments: tuple[Any, ...], **options: Any
     ) -> Any:
-        """An actor of the Ray class `actor`, made of `arguments` and this process's log level."""
+        """An actor of the Ray class `actor`, made of `arguments` and how this process logs."""
         if self._group is not None:
             options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
                 placement_group=self._group,
@@ -51,7 +53,7 @@ class ActorPlaces:
             name=f"{self.prefix}/{name}", max_restarts=0, max_task_retries=0, **options
         )
         level = logging.getLogger("conclave").getEffectiveLevel()
-        return made.remote(*arguments, level)
+        return made.remote(*arguments, level, shown_format())
 
 
 def kill(actor: Any) -> None:

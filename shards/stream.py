@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from router.step import FinishReason, Token, WantedRows
-from shards.client import SequenceFailed, SequenceRefused
+from shards.client import ReaderTooSlow, SequenceFailed, SequenceRefused
+from shards.journal import Begun
 from shards.outputs import Outputs
 
 log = logging.getLogger("conclave.group")
 
-Item = Token | WantedRows
+MAX_BEHIND = 8192
+"""Tokens that may wait for who reads them: the engine never does."""
+
+Item = Token | WantedRows | Begun
 
 
 class GroupStream:
@@ -27,6 +32,9 @@ class GroupStream:
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._abort = abort
         self._ended = False
+        self._cut = False
+        self._made_at = time.monotonic()
+        self._begun_at: float | None = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -34,16 +42,30 @@ class GroupStream:
         return self._loop
 
     @property
+    def queue_seconds(self) -> float | None:
+        """How long it waited for its first step; None while it does."""
+        return None if self._begun_at is None else self._begun_at - self._made_at
+
+    @property
     def outputs(self) -> dict[str, NDArray[np.generic]]:
         """The arrays that were asked for; whole once the first token has come."""
         return self._outputs.arrays
 
     def put(self, item: Item | Exception) -> None:
-        """Hand over a token or some rows, or the error that ends the stream."""
+        """Hand over a token or some rows, or the error that ends the stream.
+
+        A reader who is `MAX_BEHIND` tokens behind gets those and then ReaderTooSlow.
+        """
         if isinstance(item, WantedRows):
             self._outputs.put(item)
-        else:
+        elif isinstance(item, Begun):
+            self._begun_at = self._begun_at or time.monotonic()
+        elif self._queue.qsize() < MAX_BEHIND:
             self._queue.put_nowait(item)
+        elif not self._cut:
+            self._cut = True
+            self._queue.put_nowait(ReaderTooSlow(f"its reader is {MAX_BEHIND} tokens behind"))
+            self._abort()
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         while not self._ended:

@@ -54,9 +54,43 @@ async def check_every_way() -> None:
         assert (await handle.models.remote())["data"][0]["id"] == MODEL
         refused = await handle.chat.remote({**BODY, "temperature": 99})
         assert refused["error"]["param"] == "temperature"
+        await _cancelled_calls_are_aborted(handle)
         _check_actor_names()
     finally:
         await asyncio.to_thread(serve.shutdown)
+
+
+async def _cancelled_calls_are_aborted(handle: Any) -> None:
+    """A response and a stream: the engine has nothing left to do long before they would end."""
+    body = {"prompt": [5, 6, 7], "max_tokens": 480, "ignore_eos": True, "temperature": 0}
+    response = handle.completions.remote(body)
+    while not await _is_running(handle):
+        await asyncio.sleep(0.02)
+    response.cancel()
+    await _comes_to_rest(handle)
+    stream = handle.options(stream=True).completions.remote({**body, "stream": True})
+    for _ in range(3):
+        await anext(stream)
+    assert await _is_running(handle)
+    stream.cancel()
+    await _comes_to_rest(handle)
+    text = await handle.metrics.remote()
+    assert "conclave_actors_alive" in text
+
+
+async def _is_running(handle: Any) -> bool:
+    """Whether either replica's engine has a sequence; Serve chooses whom it asks."""
+    running: dict[str, int] = {}
+    while len(running) < 2:
+        maps = await asyncio.gather(*(handle.experts.remote() for _ in range(40)))
+        running |= {m["replica_id"]: m["load"]["running"] for m in maps}
+    return any(running.values())
+
+
+async def _comes_to_rest(handle: Any) -> None:
+    async with asyncio.timeout(20):
+        while await _is_running(handle):
+            await asyncio.sleep(0.02)
 
 
 async def _curl(url: str) -> str:

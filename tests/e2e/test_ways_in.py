@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import free_port, serving
+from tests.e2e.conftest import free_port, serving, wait_until
 from tests.e2e.handle_program import BODY, MODEL, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,3 +71,48 @@ def test_too_little_memory_exits_with_1_and_the_reason() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith(reason)
     assert "max_num_seqs=30000000 need" in last
+
+
+def test_requests_are_named_counted_and_logged(tmp_path: Path) -> None:
+    flags = ["--log-format", "json", "--log-level", "info", "--sse-keep-alive-seconds", "0.001"]
+    body = {"prompt": [5, 6, 7], "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with serving(tmp_path / "server.log", "nano-phimoe", *flags) as server:
+        with httpx.Client(base_url=server.url, timeout=60) as client:
+            _ids_are_echoed(client)
+            with client.stream(
+                "POST", "/v1/completions", json=body, headers={"x-request-id": "gone"}
+            ) as reply:
+                assert reply.headers.get_list("x-request-id") == ["gone"]
+                lines = reply.iter_lines()
+                assert next(lines) == ": keep-alive"
+                assert any(line.startswith("data: ") for line in lines)
+            assert wait_until(lambda: not _running(client), 20)
+            text = client.get("/metrics").text
+        records = _access_records(server.log.read_text())
+    left = 'route="/v1/completions",status="499"} 1.0'
+    assert left in text
+    assert len(set(re.findall(r'replica_id="([^"]+)"', text))) == 1
+    assert records["gone"]["client_gone"]
+    assert 0 < records["gone"]["completion_tokens"] < 400
+    assert (records["mine"]["route"], records["mine"]["status"]) == ("other", 404)
+
+
+def _ids_are_echoed(client: httpx.Client) -> None:
+    """Once on every response; the client's own where it is sane."""
+    for path, status in (("/v1/models", 200), ("/v1/models/x", 404), ("/nowhere", 404)):
+        reply = client.get(path, headers={"x-request-id": "mine"})
+        assert (reply.status_code, reply.headers.get_list("x-request-id")) == (status, ["mine"])
+        assert len(client.get(path).headers.get_list("x-request-id")) == 1
+        reply = client.get(path, headers={"x-request-id": "x" * 129})
+        [own] = reply.headers.get_list("x-request-id")
+        assert len(own) < 129
+
+
+def _running(client: httpx.Client) -> int:
+    return int(client.get("/v1/experts").json()["load"]["running"])
+
+
+def _access_records(log: str) -> dict[str, dict[str, Any]]:
+    """By request id; every line of ours is JSON."""
+    lines = [json.loads(line) for line in log.splitlines() if line.startswith("{")]
+    return {r["request_id"]: r for r in lines if r["logger"] == "conclave.access"}

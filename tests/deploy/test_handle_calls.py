@@ -1,0 +1,124 @@
+"""Calls over Python handles: what HTTP answers, as dicts; its errors; calls that are cancelled."""
+
+from __future__ import annotations
+
+import asyncio
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from deploy.demo import nano_checkpoint
+from deploy.handle_calls import HandleCalls
+from deploy.openai_errors import ApiError
+from shards.client import GroupState, SequenceRefused
+from tests.deploy.conftest import running_service
+from tests.deploy.http_client import is_openai_error, post
+from tests.deploy.open_streams import Steps, at_rest
+
+MakeApi = Callable[..., Any]
+USER = [{"role": "user", "content": "Hi"}]
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("chat", {"messages": USER}),
+        ("chat", {"messages": USER, "temperature": 99}),
+        ("chat", {"messages": USER, "model": "other"}),
+        ("chat", {"prompt": "x"}),
+        ("completions", {"prompt": "x", "max_tokens": 10**6}),
+        ("completions", {"prompt": "x", "n": 2, "logprobs": 1}),
+        ("completions", {"prompt": [10**9]}),
+        ("completions", None),
+        ("completions", "text"),
+    ],
+)
+async def test_handles_say_what_http_says(make_api: MakeApi, name: str, body: Any) -> None:
+    api = make_api()
+    expected = (await post(api, PATHS[name], body)).json()
+    given = await HandleCalls(api.service).generate(name, body)
+    for answer in (expected, given):
+        for key in ("id", "created"):
+            answer.pop(key, None)
+    assert given == expected
+
+
+async def test_streams_over_handles(make_api: MakeApi) -> None:
+    calls = HandleCalls(make_api("Hello there").service)
+    stream = await calls.generate("chat", {"messages": USER, "stream": True})
+    chunks = [chunk async for chunk in stream]
+    assert chunks[0]["choices"][0]["delta"]["role"] == "assistant"
+    text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert text == "Hello there"
+    refused = await calls.generate("chat", {"messages": USER, "stream": True, "n": -1})
+    [error] = [chunk async for chunk in refused]
+    assert is_openai_error(error)
+    assert error["error"]["param"] == "n"
+
+
+async def test_errors_end_a_stream_as_its_last_item(make_api: MakeApi) -> None:
+    for error, code in ((SequenceRefused("no"), "sequence_refused"), (ValueError(), None)):
+        calls = HandleCalls(make_api(ids=[70, 71], error=error).service)
+        body = {"prompt": [5], "max_tokens": 9, "stream": True}
+        *chunks, last = [chunk async for chunk in await calls.generate("completions", body)]
+        assert len(chunks) == 2
+        assert is_openai_error(last)
+        assert last["error"]["code"] == (code or "internal_error")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_that_is_cancelled_aborts_within_a_step(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Steps(monkeypatch)
+    body = {"prompt": [5, 6], "n": 2, "max_tokens": 480, "ignore_eos": True, "stream": stream}
+    with running_service(nano_checkpoint("nano-jamba")) as service:
+        calls = HandleCalls(service)
+
+        async def read() -> None:
+            answer = await calls.generate("completions", body)
+            assert stream, "it was cancelled before there was an answer"
+            async for _ in answer:
+                pass
+
+        reading = asyncio.create_task(read())
+        async with asyncio.timeout(30):
+            while len(steps.before) < 2 or min(steps.before.values()) < 5:
+                await asyncio.sleep(0.01)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        await at_rest(service)
+        assert service._admission.live == 0
+        text = service.metrics.text().decode()
+    steps.assert_aborted_within_a_step(2, 480)
+    assert 'route="handle.completions",status="499"} 1.0' in text
+
+
+async def test_a_stream_that_is_closed_early_aborts_too(make_api: MakeApi) -> None:
+    api = make_api(ids=[70] * 99, delay=0.001)
+    calls = HandleCalls(api.service)
+    body = {"prompt": [5], "max_tokens": 99, "stream": True}
+    stream = await calls.generate("completions", body)
+    await anext(stream)
+    await stream.aclose()
+    assert api.client.streams[0].aborted
+    assert api.service._admission.live == 0
+
+
+async def test_nothing_is_asked_of_an_instance_that_failed(make_api: MakeApi) -> None:
+    api = make_api()
+    api.client.state = GroupState.FAILED
+    answer = await HandleCalls(api.service).answer("completions", {"prompt": "x"})
+    assert answer["error"]["code"] == "model_failed"
+
+
+def test_errors_survive_pickling() -> None:
+    error = ApiError("no", status=429, kind="k", param="p", code="c", retry_after=7)
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is ApiError
+    assert vars(copy) == vars(error)
+    assert (copy.body(), str(copy)) == (error.body(), "no")
