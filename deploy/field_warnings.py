@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.openai_errors import cut
-from deploy.openai_schema import ApiRequest, GenerationRequest, TemplateFields
+from deploy.openai_schema import ApiRequest, ChatRequest, GenerationRequest, TemplateFields
 from deploy.served_model import ServedModel
 from deploy.unsupported import without_effect
 
@@ -22,6 +22,10 @@ def field_warnings(model: ServedModel, request: ApiRequest) -> tuple[str, ...]:
         options = request.stream_options
         if options is not None and options.include_obfuscation:
             found.append("stream_options.include_obfuscation has no effect: nothing is padded")
+    if isinstance(request, ChatRequest):
+        newer = request.max_completion_tokens
+        if newer is not None and request.max_tokens not in (None, newer):
+            found.append("max_tokens has no effect beside max_completion_tokens, its newer name")
     if isinstance(request, TemplateFields) and getattr(request, "messages", None):
         found += _unread(model, request)
     return tuple(found)
