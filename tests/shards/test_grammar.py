@@ -146,6 +146,15 @@ def test_as_many_choices_as_are_allowed() -> None:
     assert allowed(constraint) == [*range(ord("0"), ord("9") + 1), END]
 
 
+def test_a_grammar_begins_anew_for_everyone() -> None:
+    first = choice_grammar(["ab", "b"])
+    for i in range(100):
+        constraint = GRAMMARS.begin(first, ())
+        assert allowed(constraint) == sorted([ord("a"), ord("b"), TOKENS.index(b"ab"), 259])
+        constraint.take(token(ord("a")))
+        GRAMMARS.begin(choice_grammar([str(i)]), ())
+
+
 def test_special_tokens_only_by_name() -> None:
     constraint = GRAMMARS.begin(lark_grammar('start: <tool> "<tool>"'), ())
     assert allowed(constraint) == [TOOL]
