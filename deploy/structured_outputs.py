@@ -16,7 +16,8 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from deploy.openai_errors import ApiError
 
-MAX_CHOICES = 10_000
+MAX_CHOICES = 1_000
+"""llguidance follows at most 2 000 alternatives at once."""
 MAX_GRAMMAR_CHARS = 256 * 1024
 """Of the text that llguidance gets: its time grows with the square of some grammars' length."""
 

@@ -13,7 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.structured_outputs import choice_grammar, lark_grammar, regex_grammar, schema_grammar
+from deploy.structured_outputs import (
+    MAX_CHOICES,
+    choice_grammar,
+    lark_grammar,
+    regex_grammar,
+    schema_grammar,
+)
 from router.codec import decode, encode
 from router.step import NO_TOKEN, Sampled, SamplingParams
 from shards.grammar import Constraint, Grammars
@@ -129,6 +135,24 @@ def test_whatever_is_walked_is_json(seed: int) -> None:
     found = json.loads(b"".join(TOKENS[i] for i in ids))
     assert 1 <= len(found) <= 3
     assert all(value in values for value in found)
+
+
+def test_as_many_choices_as_are_allowed() -> None:
+    choices = [f"choice {i}" for i in range(MAX_CHOICES)]
+    constraint = GRAMMARS.begin(choice_grammar(choices), ())
+    for byte in b"choice 99":
+        assert byte in allowed(constraint)
+        assert not constraint.take(token(byte)).ends
+    assert allowed(constraint) == [*range(ord("0"), ord("9") + 1), END]
+
+
+def test_a_grammar_begins_anew_for_everyone() -> None:
+    first = choice_grammar(["ab", "b"])
+    for i in range(100):
+        constraint = GRAMMARS.begin(first, ())
+        assert allowed(constraint) == sorted([ord("a"), ord("b"), TOKENS.index(b"ab"), 259])
+        constraint.take(token(ord("a")))
+        GRAMMARS.begin(choice_grammar([str(i)]), ())
 
 
 def test_special_tokens_only_by_name() -> None:
