@@ -77,13 +77,14 @@ class Answer:
     async def stream(self) -> AsyncGenerator[Json, None]:
         """Chunks as they come. Raises ApiError."""
         context = self._context
-        num_completion = num_cached = 0
+        num_completion = num_cached = num_reasoning = 0
         started: set[int] = set()
 
         def chunk(choices: list[Json], *, last: bool = False) -> Json:
             body = envelope(context, choices, chunk=True)
             if last or context.continuous_usage:
-                body["usage"] = usage(self._num_prompt(), num_completion, num_cached)
+                counts = (num_completion, num_cached, num_reasoning)
+                body["usage"] = usage(self._num_prompt(), *counts)
             elif context.include_usage:
                 body["usage"] = None
             return body if started else self._with_extras(body)
@@ -92,8 +93,9 @@ class Answer:
             async for delta in deltas:
                 num_completion += delta.has_token
                 num_cached += self._cached(delta)
+                num_reasoning += delta.has_token and delta.thinking
                 if context.chat and delta.index not in started:
-                    yield chunk([role_choice(delta.index)])
+                    yield chunk([role_choice(self._plans[delta.index])])
                     started.add(delta.index)
                 if _worth_sending(context, self._plans[delta.index], delta):
                     yield chunk([await self._chunk_choice(delta)])
@@ -123,9 +125,11 @@ class Answer:
         context = self._context
         choices = [choice(context, p, r) for p, r in zip(self._plans, replies, strict=True)]
         body = envelope(context, choices, chunk=False)
-        completion = sum(delta.has_token for reply in replies for delta in reply.deltas)
-        cached = sum(self._cached(delta) for reply in replies for delta in reply.deltas)
-        body["usage"] = usage(self._num_prompt(), completion, cached)
+        deltas = [delta for reply in replies for delta in reply.deltas]
+        completion = sum(delta.has_token for delta in deltas)
+        cached = sum(map(self._cached, deltas))
+        reasoning = sum(delta.has_token and delta.thinking for delta in deltas)
+        body["usage"] = usage(self._num_prompt(), completion, cached, reasoning)
         if context.chat and context.num_prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs(context, replies[0])
         return self._with_extras(body)
@@ -177,4 +181,5 @@ def _worth_sending(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> boo
     # Without a tokenizer no chunk has text; they show that tokens come.
     detailed = detailed or context.tokenizer is None
     echoes = plan.echo is not None and delta.is_first
-    return detailed or echoes or bool(delta.text) or delta.finish is not None
+    brings = delta.text or delta.reasoning or delta.calls or delta.finish is not None
+    return detailed or echoes or bool(brings)

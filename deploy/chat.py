@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import reprlib
-from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jinja2 import Template, TemplateError
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import CallBlock, Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError
 
-from deploy.json_file import read_json_object
+from deploy.chat_environment import Limits, compiled, template_line
 from deploy.openai_errors import ApiError
 
-TOKEN_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+DEFAULT = "default"
+WITH_TOOLS = "tool_use"
+# Variables that come from fields of the request.
+_OWN_FIELDS = (
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+)
 # The space tells whether the template trims: then the mark arrives without it.
 _CONTINUE_MARK = "CONTINUE_FINAL_MESSAGE_TAG "
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_MOST_WORDS = 500
+
+Message = Mapping[str, Any]
 
 
 class ChatTemplateError(ValueError):
@@ -30,138 +36,157 @@ class ChatTemplateError(ValueError):
 class ChatTemplate:
     """One compiled template and the special tokens that it may name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        *,
+        param: str = "messages",
+        limits: Limits | None = None,
+    ) -> None:
+        self.source = source
         self._special_tokens = dict(special_tokens)
+        self._param = param
+        self._limits = limits or Limits()
         try:
-            self._template = _compile(source)
+            self._compiled = compiled(source)
         # Odd nesting fails in Python's own compiler, with errors that are not Jinja's.
         except Exception as error:
-            raise ChatTemplateError(f"the chat template does not compile: {error}") from error
+            raise ChatTemplateError(
+                f"the chat template does not compile{_where(error)}: {_words(error)}"
+            ) from error
+
+    @property
+    def reads(self) -> Collection[str]:
+        """Names of the variables that it looks at, in whichever branch."""
+        return self._compiled.reads
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Message],
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
         variables: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt's text. Raises ApiError 400 with the template's own words."""
+        _refuse_own_fields(variables or {})
+        turns = [_as_transformers(message) for message in messages]
         values = {
             **self._special_tokens,
             **(variables or {}),
-            "messages": _mark_last(messages) if continue_final_message else messages,
-            "tools": None,
+            "messages": _mark_last(turns) if continue_final_message else turns,
+            "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            text = self._template.render(values)
+            text = self._compiled.render(values, self._limits)
         except Exception as error:  # a template runs whatever its author wrote
             raise ApiError(
-                f"the chat template refused the messages: {error}",
-                param="messages",
+                f"{self._param}: the chat template failed{_where(error)}: {_words(error)}",
+                param=self._param,
                 code="chat_template_error",
             ) from error
         return _cut_at_mark(text) if continue_final_message else text
 
 
-def load_chat_template(folder: Path) -> tuple[ChatTemplate | None, list[str]]:
-    """From chat_template.jinja or tokenizer_config.json, or None, with warnings.
+class ChatTemplates:
+    """A checkpoint's templates by name; without one of their own, requests get `default`."""
 
-    Raises ValueError naming the file: ChatTemplateError where the template is at fault.
-    """
-    config = read_json_object(folder / "tokenizer_config.json")
-    file = folder / "chat_template.jinja"
-    try:
-        if file.is_file():
-            source: str | None = file.read_text(encoding="utf-8")
-        else:
-            file = folder / "tokenizer_config.json"
-            source = _default_source(config.get("chat_template"))
-        if source is None:
-            return None, ["no chat template: chat completions are refused"]
-        tokens = read_json_object(folder / "special_tokens_map.json") | config
-        return ChatTemplate(source, _token_texts(tokens)), []
-    except UnicodeDecodeError as error:
-        raise ChatTemplateError(f"{file}: the chat template is not UTF-8: {error}") from error
-    except ChatTemplateError as error:
-        raise ChatTemplateError(f"{file}: {error}") from error
+    def __init__(
+        self, by_name: Mapping[str, ChatTemplate], special_tokens: Mapping[str, str]
+    ) -> None:
+        self._by_name = dict(by_name)
+        self._special_tokens = special_tokens
+
+    @property
+    def names(self) -> list[str]:
+        """In alphabetical order."""
+        return sorted(self._by_name)
+
+    def named(self, name: str) -> ChatTemplates | None:
+        """Only that one, for every request; None where there is none."""
+        found = self._by_name.get(name)
+        return None if found is None else ChatTemplates({DEFAULT: found}, self._special_tokens)
+
+    def written(self, source: str) -> ChatTemplates:
+        """A request's own. Raises ApiError 400."""
+        try:
+            template = ChatTemplate(source, self._special_tokens, param="chat_template")
+        except ChatTemplateError as error:
+            message = f"chat_template: {error}"
+            raise ApiError(message, param="chat_template", code="chat_template_error") from error
+        return ChatTemplates({DEFAULT: template}, self._special_tokens)
+
+    def choose(self, tools: Sequence[Mapping[str, Any]] | None) -> ChatTemplate:
+        """As Transformers does: `tool_use` where there are tools, else `default`.
+
+        Raises ApiError 400 where it is not there.
+        """
+        name = WITH_TOOLS if tools is not None and WITH_TOOLS in self._by_name else DEFAULT
+        if name not in self._by_name:
+            raise ApiError(
+                "chat_template: required, because this checkpoint has no default one; "
+                f"allowed values: {', '.join(self.names)}",
+                param="chat_template",
+                code="chat_template_missing",
+            )
+        return self._by_name[name]
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
+        """`ChatTemplate.render` of the one that is chosen. Raises ApiError 400.
+
+        OpenAI's newer name of the system's turns, `developer`, is theirs to templates without it.
+        """
+        template = self.choose(tools)
+        if "developer" not in template.source:
+            messages = [
+                {**message, "role": "system"} if message.get("role") == "developer" else message
+                for message in messages
+            ]
+        return template.render(messages, tools=tools, **options)
 
 
-def _default_source(value: object) -> str | None:
-    """From tokenizer_config.json's `chat_template`: one text, or several by name."""
-    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
-        defaults = [e.get("template") for e in value if e.get("name") == "default"]
-        value = defaults[-1] if defaults else None
-    if value is not None and not isinstance(value, str):
-        raise ChatTemplateError(
-            "chat_template must be a text or a list of objects with a `name` and a `template`, "
-            f"not {reprlib.repr(value)}"
+def _refuse_own_fields(variables: Mapping[str, Any]) -> None:
+    own = next((name for name in _OWN_FIELDS if name in variables), None)
+    if own is not None:
+        raise ApiError(
+            f"chat_template_kwargs: {own} is a field of the request itself",
+            param="chat_template_kwargs",
         )
-    return value
 
 
-def _token_texts(config: Mapping[str, Any]) -> dict[str, str]:
-    texts: dict[str, str] = {}
-    for name in TOKEN_NAMES:
-        token = config.get(name)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
-            texts[name] = text
-    return texts
+def _as_transformers(message: Message) -> dict[str, Any]:
+    """Without fields that are null, and with reasoning under each name that templates use."""
+    turn = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((turn[key] for key in _REASONING if key in turn), None)
+    if reasoning is not None:
+        turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+    return turn
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant wrote, for training: its text stays as it is.
-
-    A call block as in Transformers, so that variables set inside are unknown outside.
-    """
-
-    tags = {"generation"}  # noqa: RUF012 (an instance variable to Jinja)
-
-    def parse(self, parser: Parser) -> Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
-
-    def _body(self, caller: Callable[[], str]) -> str:
-        return caller()
+def _where(error: Exception) -> str:
+    line = template_line(error)
+    return "" if line is None else f" at line {line}"
 
 
-def _compile(source: str) -> Template:
-    # The same environment as Transformers' chat_template_utils, so that templates render alike.
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
+def _words(error: Exception) -> str:
+    """The error's own, short: it may quote a message."""
+    own = isinstance(error, TemplateError) and str(error)
+    words = str(error) if own else f"{type(error).__name__}: {error}"
+    return words if len(words) <= _MOST_WORDS else f"{words[:_MOST_WORDS]}..."
 
 
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-def _mark_last(messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _mark_last(messages: Sequence[Message]) -> list[Message]:
     content = messages[-1].get("content")
     if not isinstance(content, str):
         raise _cannot_continue("has no text")

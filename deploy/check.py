@@ -97,7 +97,7 @@ def _table(resolved: ResolvedArgs, served: ServedModel, folder: Path, config: Mo
         "longest sequence": f"{served.max_model_len:,} tokens",
         "weights on disk": f"{weights / 2**20:,.1f} MiB",
         "tokenizer": "yes" if served.tokenizer else "no",
-        "chat template": "yes" if served.template else "no",
+        "chat template": ", ".join(served.template.names) if served.template else "no",
         "end of sequence": ", ".join(map(str, served.defaults.eos_token_ids)) or "none",
     }
     # A folder's name is no markup, which a plain string would be.

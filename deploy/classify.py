@@ -8,10 +8,11 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from deploy.field_warnings import field_warnings
 from deploy.losses import MULTI_LABEL, REGRESSION, Floats, softmax
 from deploy.model_facts import LabelSet
 from deploy.openai_errors import Json
-from deploy.openai_replies import usage, warnings
+from deploy.openai_replies import usage
 from deploy.openai_schema import ClassifyRequest
 from deploy.prompts import chat_prompt, check_tokens, text_prompts, too_long
 from deploy.served_model import ServedModel
@@ -97,6 +98,6 @@ def classify_body(
         ],
         "usage": usage(sum(map(len, inputs)), 0),
     }
-    if request.unknown_fields:
-        body["warnings"] = list(warnings(request.unknown_fields))
+    if found := field_warnings(model, request):
+        body["warnings"] = list(found)
     return body

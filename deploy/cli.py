@@ -86,6 +86,22 @@ def serve(
         bool | None,
         _option("--enable-prefix-caching/--no-enable-prefix-caching", help="Reuse prefixes."),
     ] = None,
+    tool_call_parser: Annotated[
+        str | None, _option("--tool-call-parser", help="auto, jamba, hermes, json, none.")
+    ] = None,
+    reasoning_parser: Annotated[
+        str | None, _option("--reasoning-parser", help="auto, think, none.")
+    ] = None,
+    chat_template: Annotated[
+        str | None, _option("--chat-template", help="Jinja file instead of the checkpoint's own.")
+    ] = None,
+    trust_request_chat_template: Annotated[
+        bool | None,
+        _option(
+            "--trust-request-chat-template/--no-trust-request-chat-template",
+            help="Run templates that requests bring.",
+        ),
+    ] = None,
     min_replicas: Annotated[
         str | None, _option("--min-replicas", help="Model instances at least.")
     ] = None,

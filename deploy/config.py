@@ -95,6 +95,10 @@ class ServeArgs(BaseModel):
     ] = "auto"
     mamba_backend: Literal["auto", "torch", "native", "mamba_ssm", "triton"] = "auto"
     enable_prefix_caching: bool = True
+    tool_call_parser: Literal["auto", "jamba", "hermes", "json", "none"] = "auto"
+    reasoning_parser: Literal["auto", "think", "none"] = "auto"
+    chat_template: Annotated[str, Field(min_length=1)] | None = None
+    trust_request_chat_template: bool = False
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     api_key: Annotated[

@@ -17,9 +17,17 @@ class Detokenizer:
     cleaned up, whatever `clean_up_tokenization_spaces` says: text must come back as it was.
     """
 
-    def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool = True) -> None:
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        *,
+        skip_special_tokens: bool = True,
+        visible_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        """`visible_ids` are special tokens that are not skipped."""
         self._tokenizer = tokenizer
-        self._skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped - visible_ids
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token_id: int) -> str:

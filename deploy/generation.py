@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+from deploy.answer_reader import PLAIN, AnswerReader, Reading
 from deploy.compute import Arrays
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, CompletionRequest
@@ -16,10 +17,12 @@ from deploy.sampling import sampling_params
 from deploy.served_model import ServedModel
 from deploy.stop_strings import StopMatcher
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.tool_calls import CallDelta
+from deploy.truncation import COMPLETION_MAX_TOKENS
 from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
 from shards.client import ModelClient
 
-_COMPLETION_MAX_TOKENS = 16
+_TOOL_CALLS = "tool_calls"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,12 +38,15 @@ class ChoicePlan:
     include_stop: bool
     skip_special_tokens: bool
     want: Want = NOTHING
+    grammar: str | None = None
+    """What llguidance's `LLMatcher` takes; None: any text."""
     echo: Echo | None = None
+    reading: Reading = PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
-    """One token's contribution to a choice; `text` may lag behind the token or run empty.
+    """One token's contribution to a choice; `text`, of its content, may lag behind or run empty.
 
     `offset` is where the token's own text begins in the text that was generated. `prompt` holds
     what was wanted of the prompt, `queue_seconds` how long the sequence waited for its first step:
@@ -54,6 +60,10 @@ class Delta:
     finish: str | None
     prompt: Arrays | None = None
     queue_seconds: float | None = None
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+    thinking: bool = False
+    """Whether the token belongs to the reasoning."""
 
     @property
     def is_first(self) -> bool:
@@ -71,13 +81,20 @@ def plan_choices(
     request: ChatRequest | CompletionRequest,
     prompts: Sequence[tuple[int, ...]],
     echoes: Sequence[Echo] = (),
+    grammar: str | None = None,
+    reading: Reading = PLAIN,
 ) -> list[ChoicePlan]:
     """`n` sequences per prompt, numbered as OpenAI does; `echoes` are the prompts' own, if any.
 
-    Raises ApiError.
+    Every answer keeps to `grammar`. Raises ApiError.
     """
     if request.stop_strings:
         model.need_tokenizer("stop")
+    if grammar is not None and request.ignore_eos:
+        raise ApiError(
+            "ignore_eos: not allowed here, for a constrained answer ends where its form does",
+            param="ignore_eos",
+        )
     n = request.n or 1
     plans: list[ChoicePlan] = []
     sampling = sampling_params(model, request)
@@ -96,7 +113,9 @@ def plan_choices(
                     include_stop=request.include_stop_str_in_output,
                     skip_special_tokens=request.skip_special_tokens,
                     want=want,
+                    grammar=grammar,
                     echo=echo,
+                    reading=reading,
                 )
             )
     return plans
@@ -127,7 +146,7 @@ def _max_tokens(
         asked = f"{len(prompt)} in the prompt and {wanted} in {key} were requested"
         raise too_long(model, asked, key)
     if wanted is None:
-        wanted = room if chat else min(room, _COMPLETION_MAX_TOKENS)
+        wanted = room if chat else min(room, COMPLETION_MAX_TOKENS)
     if request.min_tokens > wanted:
         raise ApiError(f"min_tokens: must not exceed max_tokens={wanted}", param="min_tokens")
     return wanted
@@ -141,16 +160,23 @@ class ChoiceText:
         self._detokenizer = (
             None
             if tokenizer is None
-            else Detokenizer(tokenizer, skip_special_tokens=plan.skip_special_tokens)
+            else Detokenizer(
+                tokenizer,
+                skip_special_tokens=plan.skip_special_tokens,
+                visible_ids=plan.reading.visible_ids,
+            )
         )
         self._matcher = StopMatcher(plan.stops, include=plan.include_stop)
+        self._reader = None if plan.reading == PLAIN else AnswerReader(plan.reading)
         self._decoded = 0
 
     def push(self, token: Token) -> Delta:
         """The delta of the next token; its `finish` ends the choice."""
         offset = self._decoded
-        # The token that ended the sequence is not part of the answer.
-        hidden = token.finish is FinishReason.STOP and not self._plan.include_stop
+        # A stop token is not part of the answer; the last token of a grammar is.
+        is_stop = token.token_id in self._plan.sampling.stop_token_ids
+        is_stop = is_stop or self._plan.grammar is None
+        hidden = token.finish is FinishReason.STOP and is_stop and not self._plan.include_stop
         hidden = hidden or token.token_id == NO_TOKEN
         text = "" if hidden or self._detokenizer is None else self._detokenizer.push(token.token_id)
         if token.finish is not None and self._detokenizer is not None:
@@ -164,7 +190,25 @@ class ChoiceText:
             finish = str(FinishReason.STOP)
         elif finish is not None:
             text += self._matcher.flush()
-        return Delta(index=self._plan.index, token=token, text=text, offset=offset, finish=finish)
+        delta = Delta(index=self._plan.index, token=token, text=text, offset=offset, finish=finish)
+        return delta if self._reader is None else _read(self._reader, delta)
+
+
+def _read(reader: AnswerReader, delta: Delta) -> Delta:
+    """The delta with its text divided into parts; calls that are made are why an answer ends."""
+    was_thinking = reader.thinking
+    parts = reader.push(delta.text, last=delta.finish is not None)
+    finish = delta.finish
+    if reader.done or (reader.has_calls and finish == str(FinishReason.STOP)):
+        finish = _TOOL_CALLS
+    return replace(
+        delta,
+        text=parts.content,
+        reasoning=parts.reasoning,
+        calls=parts.calls,
+        thinking=was_thinking or reader.thinking,
+        finish=finish,
+    )
 
 
 async def run_choice(
@@ -177,6 +221,7 @@ async def run_choice(
         plan.sampling,
         priority=plan.priority,
         want=plan.want,
+        grammar=plan.grammar,
         cache_salt=plan.cache_salt,
     )
     try:

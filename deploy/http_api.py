@@ -63,6 +63,14 @@ def build_api(
     async def classify(request: Request) -> Response:
         return await _generate(request, service.classify, service.keep_alive_s)
 
+    @route("/tokenize", "POST")
+    async def tokenize(request: Request) -> Response:
+        return await _generate(request, service.tokenize, service.keep_alive_s)
+
+    @route("/detokenize", "POST")
+    async def detokenize(request: Request) -> Response:
+        return await _generate(request, service.detokenize, service.keep_alive_s)
+
     @route("/v1/models", "GET")
     async def models(request: Request) -> Response:
         return _json(service.models())

@@ -19,6 +19,7 @@ from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
 from deploy.version import VERSION
+from deploy.vocabulary import vocabulary_of
 from models.kernels.choice import backends, resolve_kernels
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores, default_threads
@@ -69,6 +70,8 @@ def build_facts(resolved: ResolvedArgs) -> Json:
         "dtype": resolved.spec.dtype,
         "heads": sorted(resolved.facts.heads),
         "quantization": resolved.spec.quantization,
+        "tool_call_parser": resolved.tool_call_parser,
+        "reasoning_parser": resolved.reasoning_parser,
         "threads": resolved.spec.threads,
         "kernels": resolved.spec.kernels,
         "kernel_backends": backends(resolved.spec.kernels),
@@ -86,13 +89,19 @@ class Ingress:
         self._api_keys = resolved.api_keys
         # Chosen here, where the weights will be, and not wherever the command was typed.
         spec = await asyncio.to_thread(settle, resolved)
-        resolved = replace(resolved, spec=spec)
         model = load_served_model(
             resolved.served_model_name,
             resolved.model_path,
             resolved.vocab_size,
             spec.limits.max_model_len,
+            tool_call_parser=resolved.tool_call_parser,
+            reasoning_parser=resolved.reasoning_parser,
+            chat_template=resolved.chat_template,
+            trust_request_chat_template=resolved.trust_request_chat_template,
         )
+        # 100 000 tokens take a few tenths of a second.
+        vocabulary = await asyncio.to_thread(vocabulary_of, model)
+        resolved = replace(resolved, spec=replace(spec, vocabulary=vocabulary))
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))
         context = serve.get_replica_context()
@@ -125,6 +134,14 @@ class Ingress:
     async def classify(self, body: Json) -> Any:
         """What /v1/classify answers."""
         return await self._calls.answer("classify", body)
+
+    async def tokenize(self, body: Json) -> Any:
+        """What /tokenize answers."""
+        return await self._calls.answer("tokenize", body)
+
+    async def detokenize(self, body: Json) -> Any:
+        """What /detokenize answers."""
+        return await self._calls.answer("detokenize", body)
 
     async def forward(self, body: Json) -> Any:
         """One forward over a batch of token ids: numpy arrays as Transformers names them."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.chat_parts import chunk_delta, message
 from deploy.generation import ChoicePlan, Delta
 from deploy.openai_errors import Json
 from deploy.prompt_logprobs import PromptLogprobs, finite
@@ -45,20 +46,17 @@ class ChoiceReply:
         self.deltas.append(delta)
 
 
-def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0) -> Json:
+def usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int = 0, reasoning_tokens: int = 0
+) -> Json:
     """Token counts; `cached_tokens` of the prompt were not computed again."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": cached_tokens},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": reasoning_tokens},
     }
-
-
-def warnings(unknown_fields: Sequence[str]) -> tuple[str, ...]:
-    """One sentence for each field that nobody here knows."""
-    return tuple(f"unknown field {name} has no effect" for name in unknown_fields)
 
 
 def envelope(context: ReplyContext, choices: list[Json], *, chunk: bool) -> Json:
@@ -82,7 +80,7 @@ def choice(context: ReplyContext, plan: ChoicePlan, reply: ChoiceReply) -> Json:
     text = "".join(reply.text)
     body: Json = {"index": plan.index}
     if context.chat:
-        body["message"] = {"role": "assistant", "content": text, "refusal": None}
+        body["message"] = message(plan.reading, reply.deltas)
     else:
         body["text"] = text if plan.echo is None else plan.echo.text + text
     body["logprobs"] = logprobs(context, plan, reply.deltas)
@@ -100,7 +98,7 @@ def chunk_choice(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> Json:
     """One choice of a streamed chunk; an echo comes with the first."""
     body: Json = {"index": plan.index}
     if context.chat:
-        body["delta"] = {"content": delta.text} if delta.text or delta.finish is None else {}
+        body["delta"] = chunk_delta(plan.reading, delta)
     else:
         echoed = plan.echo.text if plan.echo is not None and delta.is_first else ""
         body["text"] = echoed + delta.text
@@ -111,11 +109,12 @@ def chunk_choice(context: ReplyContext, plan: ChoicePlan, delta: Delta) -> Json:
     return body
 
 
-def role_choice(index: int) -> Json:
-    """The first chunk of a chat choice."""
+def role_choice(plan: ChoicePlan) -> Json:
+    """The first chunk of a chat choice; one that may only call tools has no content yet."""
+    content = "" if plan.reading.tool_format is None else None
     return {
-        "index": index,
-        "delta": {"role": "assistant", "content": ""},
+        "index": plan.index,
+        "delta": {"role": "assistant", "content": content},
         "logprobs": None,
         "finish_reason": None,
     }
@@ -127,13 +126,14 @@ def logprobs(context: ReplyContext, plan: ChoicePlan, deltas: list[Delta]) -> Js
         return None
     tokens = [delta.token for delta in deltas if delta.has_token]
     if context.chat:
-        return {"content": [_chat_logprob(context, token) for token in tokens]}
+        content = [_chat_logprob(context, token) for token in tokens]
+        return {"content": content, "refusal": None}
     echo = plan.echo
     before = 0 if echo is None else len(echo.text)
     legacy = _legacy(context, tokens)
     legacy["text_offset"] = [before + delta.offset for delta in deltas if delta.has_token]
     if echo is None or not deltas[0].is_first:
-        return legacy
+        return _with_tops(context, legacy)
     # Nothing predicts a prompt's first token.
     rest = PromptLogprobs.read(deltas[0].prompt or {}).tokens
     echoed = _legacy(context, rest)
@@ -141,7 +141,7 @@ def logprobs(context: ReplyContext, plan: ChoicePlan, deltas: list[Delta]) -> Js
     echoed["token_logprobs"].insert(0, None)
     echoed["top_logprobs"].insert(0, None)
     echoed["text_offset"] = [*echo.offsets]
-    return {key: [*values, *legacy[key]] for key, values in echoed.items()}
+    return _with_tops(context, {key: [*v, *legacy[key]] for key, v in echoed.items()})
 
 
 def prompt_logprobs(context: ReplyContext, reply: ChoiceReply) -> list[dict[str, Json] | None]:
@@ -157,6 +157,11 @@ def _legacy(context: ReplyContext, tokens: Sequence[Token]) -> dict[str, list[An
         "token_logprobs": [finite(token.logprob) for token in tokens],
         "top_logprobs": [_top_by_label(context, token) for token in tokens],
     }
+
+
+def _with_tops(context: ReplyContext, legacy: dict[str, list[Any]]) -> Json:
+    """Null where no alternatives were asked for: the clients' type has lists of objects alone."""
+    return legacy if context.num_logprobs else {**legacy, "top_logprobs": None}
 
 
 def _chat_logprob(context: ReplyContext, token: Token) -> Json:

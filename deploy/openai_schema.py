@@ -8,8 +8,11 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from deploy.answer_format import ResponseFormat, StructuredOutputs
+from deploy.message_schema import Message
 from deploy.openai_errors import ApiError
-from deploy.unsupported import IGNORED_FIELDS, refuse_unsupported
+from deploy.tool_schema import MAX_TOOLS, Tool, ToolChoice, refuse_tool_choice
+from deploy.unsupported import KNOWN_FIELDS, refuse_unsupported
 
 INT64 = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -20,6 +23,9 @@ TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 Stop = Annotated[str, Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Truncation = Annotated[int, Field(ge=-1, lt=INT64)]
+"""How many of a prompt's tokens to keep, at least 1; -1: as many as fit."""
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
 
 
@@ -30,20 +36,26 @@ class _Strict(BaseModel):
     @property
     def unknown_fields(self) -> list[str]:
         """Fields that nobody here knows; they are named in the response's warnings."""
-        return [key for key in self.model_extra or () if key not in IGNORED_FIELDS]
+        return [key for key in self.model_extra or () if key not in KNOWN_FIELDS]
 
 
 class StreamOptions(_Strict):
     """What a stream carries beside its text."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
     continuous_usage_stats: bool = False
 
 
-class GenerationRequest(_Strict):
-    """Fields that both routes share; None means the checkpoint's or OpenAI's default."""
+class ApiRequest(_Strict):
+    """Any request; without `model` it is for the one that is served."""
 
     model: str | None = None
+
+
+class GenerationRequest(ApiRequest):
+    """Fields that both routes share; None means the checkpoint's or OpenAI's default."""
+
     max_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=INT64)] = 0
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -68,6 +80,10 @@ class GenerationRequest(_Strict):
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    truncation_side: Literal["left", "right"] | None = None
     priority: Priority = 0
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
@@ -85,30 +101,24 @@ class GenerationRequest(_Strict):
         return [*super().unknown_fields, *(f"stream_options.{key}" for key in nested)]
 
 
-class TextPart(BaseModel):
-    """The only kind of content part that these models read."""
+class TemplateFields(ApiRequest):
+    """What a chat template is given beside the messages."""
 
-    model_config = ConfigDict(strict=True)
+    documents: list[dict[str, Any]] | None = None
+    chat_template: Annotated[str, Field(min_length=1, max_length=2**18)] | None = None
+    """A template's name or, where the server trusts it, its text."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
 
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """One turn; fields beyond role and content reach the chat template as they are."""
-
-    role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
-
-    def for_template(self) -> dict[str, Any]:
-        """The turn as chat templates expect it: content parts joined by line breaks."""
-        content = self.content
-        if isinstance(content, list):
-            content = "\n".join(part.text for part in content)
-        return {"role": self.role, "content": content, **(self.model_extra or {})}
+    @property
+    def variables(self) -> dict[str, Any]:
+        """For the template, by name."""
+        given = self.chat_template_kwargs or {}
+        effort = self.reasoning_effort
+        return given if effort is None else {"reasoning_effort": effort, **given}
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(GenerationRequest, TemplateFields):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
@@ -118,8 +128,10 @@ class ChatRequest(GenerationRequest):
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False
-    documents: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    include_reasoning: bool = True
 
     @property
     def wanted_logprobs(self) -> int | None:
@@ -142,22 +154,18 @@ class CompletionRequest(GenerationRequest):
         return _one_by_one(self.prompt, "prompt")
 
 
-class ClassifyRequest(_Strict):
+class ClassifyRequest(TemplateFields):
     """POST /v1/classify: `input` as a completion's prompt, or one chat's `messages`."""
 
-    model: str | None = None
     input: Texts | None = None
     messages: Annotated[list[Message], Field(min_length=1)] | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
-    """Keep the last k tokens, at least 1; -1: as many as fit."""
+    truncate_prompt_tokens: Truncation | None = None
     use_activation: bool = True
     """False: the head's scores as they are."""
     add_special_tokens: bool | None = None
     """None: with text, not with `messages`, whose template writes its own."""
     add_generation_prompt: bool = False
     continue_final_message: bool = False
-    documents: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
     priority: Priority = 0
 
     @property
@@ -182,7 +190,7 @@ def _one_by_one(texts: Texts, param: str) -> list[str | list[int]]:
     return prompts or [token_ids]
 
 
-Request = TypeVar("Request", ChatRequest, CompletionRequest, ClassifyRequest)
+Request = TypeVar("Request", bound=ApiRequest)
 
 
 def parse_request(kind: type[Request], body: object) -> Request:
@@ -200,10 +208,12 @@ def parse_request(kind: type[Request], body: object) -> Request:
         raise ApiError(f"{where}: {first['msg']}", param=param) from None
     if isinstance(request, ClassifyRequest):
         _refuse_input(request)
-    else:
+    elif isinstance(request, ChatRequest | CompletionRequest):
         _refuse_combinations(request)
+    if isinstance(request, ChatRequest | CompletionRequest | ClassifyRequest):
+        _refuse_truncation(request)
     if isinstance(request, ChatRequest | ClassifyRequest):
-        _refuse_continuation(request)
+        refuse_continuation(request.continue_final_message, request.add_generation_prompt)
     return request
 
 
@@ -220,11 +230,25 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
         raise ApiError("stream_options: only allowed with stream=true", param="stream_options")
     if request.prompt_logprobs is not None and request.stream:
         raise ApiError("prompt_logprobs: not available with stream=true", param="prompt_logprobs")
+    if request.truncation_side is not None and request.truncate_prompt_tokens is None:
+        raise ApiError(
+            "truncation_side: only allowed with truncate_prompt_tokens", param="truncation_side"
+        )
     if isinstance(request, CompletionRequest):
         if request.max_tokens == 0 and not request.echo:
             raise ApiError("max_tokens: 0 is only allowed with echo=true", param="max_tokens")
-    elif request.top_logprobs is not None and not request.logprobs:
+        return
+    if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
+    refuse_tool_choice(request.tools or (), request.tool_choice)
+    if request.max_completion_tokens is not None and request.max_tokens not in (
+        None,
+        request.max_completion_tokens,
+    ):
+        raise ApiError(
+            "max_tokens: only allowed without max_completion_tokens, or with the same value",
+            param="max_tokens",
+        )
 
 
 def _refuse_input(request: ClassifyRequest) -> None:
@@ -232,6 +256,9 @@ def _refuse_input(request: ClassifyRequest) -> None:
         raise ApiError("input: required, unless there are messages", param="input")
     if request.input is not None and request.messages is not None:
         raise ApiError("messages: not allowed together with input", param="messages")
+
+
+def _refuse_truncation(request: ChatRequest | CompletionRequest | ClassifyRequest) -> None:
     if request.truncate_prompt_tokens == 0:
         raise ApiError(
             "truncate_prompt_tokens: 0 leaves nothing; allowed are -1 and numbers of at least 1",
@@ -239,8 +266,9 @@ def _refuse_input(request: ClassifyRequest) -> None:
         )
 
 
-def _refuse_continuation(request: ChatRequest | ClassifyRequest) -> None:
-    if request.continue_final_message and request.add_generation_prompt:
+def refuse_continuation(continues: bool, begins: bool) -> None:
+    """A turn can be continued, or a new one begun. Raises ApiError."""
+    if continues and begins:
         raise ApiError(
             "continue_final_message: only allowed with add_generation_prompt=false",
             param="continue_final_message",

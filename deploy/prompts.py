@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from deploy.answer_reader import PLAIN, Reading
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.served_model import ServedModel
+from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import Detokenizer, TextTokenizer
+from deploy.tool_choice import arrange, reading_of
+from deploy.truncation import truncated
 
 TokenIds = tuple[int, ...]
 
@@ -19,21 +23,34 @@ class Prompt:
 
     token_ids: TokenIds
     text: str | None = None
+    reading: Reading = PLAIN
+    """How its answers are read."""
 
 
-def chat_prompt(model: ServedModel, request: ChatRequest | ClassifyRequest) -> Prompt:
+def chat_prompt(
+    model: ServedModel, request: ChatRequest | ClassifyRequest | TokenizeRequest
+) -> Prompt:
     """The rendered `messages`. Raises ApiError."""
     tokenizer = model.need_tokenizer("messages")
-    text = model.need_template().render(
-        [message.for_template() for message in request.messages or ()],
+    messages = [message.for_template() for message in request.messages or ()]
+    messages, tools = arrange(model, messages, request)
+    text = model.need_template(request.chat_template).render(
+        messages,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
+        tools=tools,
         documents=request.documents,
-        variables=request.chat_template_kwargs,
+        variables=request.variables,
     )
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
-    return Prompt(token_ids=tokenizer.encode(text, add_special_tokens=special, param="messages"))
+    token_ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
+    if not isinstance(request, ChatRequest):
+        return Prompt(token_ids=token_ids)
+    return Prompt(
+        token_ids=truncated(token_ids, request, model.max_model_len),
+        reading=reading_of(model, request, text),
+    )
 
 
 def text_prompts(
@@ -49,7 +66,15 @@ def text_prompts(
             prompts.append(Prompt(token_ids=ids, text=given))
         else:
             prompts.append(Prompt(token_ids=tuple(given)))
+    if isinstance(request, CompletionRequest):
+        prompts = [_cut(prompt, request, model.max_model_len) for prompt in prompts]
     return prompts
+
+
+def _cut(prompt: Prompt, request: CompletionRequest, max_model_len: int) -> Prompt:
+    kept = truncated(prompt.token_ids, request, max_model_len)
+    # An echo shows what the model has seen.
+    return prompt if kept == prompt.token_ids else Prompt(token_ids=kept)
 
 
 def check_tokens(model: ServedModel, token_ids: Sequence[int], param: str) -> None:

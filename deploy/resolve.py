@@ -52,8 +52,13 @@ class ResolvedArgs:
     log_format: str
     keep_alive_s: float
     """After so long without a chunk a stream says that it lives."""
+    tool_call_parser: str
+    reasoning_parser: str
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
+    chat_template: str | None = None
+    """The text that takes the place of the checkpoint's templates."""
+    trust_request_chat_template: bool = False
     warnings: tuple[str, ...] = ()
     """What is unusual about the checkpoint or about how it is computed."""
 
@@ -86,6 +91,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     if name is None:
         name = args.model if args.model in NANO_MODELS else folder.name
     # The models import torch, which takes seconds: only now that the cheap checks have passed.
+    from deploy.chat_files import given_template
     from deploy.served_model import load_served_model
     from shards.checkpoint import open_model
     from shards.verify import verify
@@ -95,11 +101,20 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     except ValueError as error:
         raise ConfigError(str(error)) from error
     try:
+        chat_template = given_template(args.chat_template)
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"chat_template={args.chat_template}: {_one_sentence(error)}") from error
+    try:
         config, checkpoint = open_model(folder)
         verify(config, checkpoint)
         # Read here to fail now; the ingress reads tokenizer and template again.
         served = load_served_model(
-            name, str(folder), config.vocab_size, config.max_position_embeddings
+            name,
+            str(folder),
+            config.vocab_size,
+            config.max_position_embeddings,
+            tool_call_parser=args.tool_call_parser,
+            reasoning_parser=args.reasoning_parser,
         )
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
@@ -123,7 +138,11 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         log_level=args.log_level,
         log_format=args.log_format,
         keep_alive_s=args.sse_keep_alive_seconds,
+        tool_call_parser=served.tool_call_parser,
+        reasoning_parser=served.reasoning_parser,
         threads=args.threads,
+        chat_template=chat_template,
+        trust_request_chat_template=args.trust_request_chat_template,
         warnings=(*config.notes, *_backend_warnings(config)),
     )
 

@@ -10,10 +10,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.chat import ChatTemplate, load_chat_template
+from deploy.chat import DEFAULT, WITH_TOOLS, ChatTemplates
+from deploy.chat_files import load_chat_templates
 from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
+from deploy.reasoning import choose_reasoning
 from deploy.tokenizer import TextTokenizer, load_tokenizer
+from deploy.tool_formats import choose_format
 
 _INT64_END = 2**63
 """Token ids and `top_k` travel to the engine as 64-bit integers."""
@@ -70,9 +73,12 @@ class ServedModel:
     vocab_size: int
     max_model_len: int
     tokenizer: TextTokenizer | None
-    template: ChatTemplate | None
+    template: ChatTemplates | None
     defaults: SamplingDefaults
     warnings: tuple[str, ...] = ()
+    tool_call_parser: str = "none"
+    reasoning_parser: str = "none"
+    trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def need_tokenizer(self, param: str) -> TextTokenizer:
@@ -86,33 +92,73 @@ class ServedModel:
             )
         return self.tokenizer
 
-    def need_template(self) -> ChatTemplate:
-        """Raises ApiError 400 `chat_template_missing`."""
-        if self.template is None:
+    def need_template(self, given: str | None = None) -> ChatTemplates:
+        """`given` is what a request wants: a template's name or, where that is trusted, its text.
+
+        Raises ApiError 400.
+        """
+        named = None if given is None or self.template is None else self.template.named(given)
+        if given is not None and named is None:
+            return self._written(given)
+        if self.template is None or not self.template.names:
             raise ApiError(
                 "messages: this checkpoint has no chat template; use /v1/completions",
                 param="messages",
                 code="chat_template_missing",
             )
-        return self.template
+        return named or self.template
+
+    def _written(self, source: str) -> ChatTemplates:
+        """The template whose text a request brings."""
+        templates = self.template or ChatTemplates({}, {})
+        if self.trust_request_chat_template:
+            return templates.written(source)
+        names = templates.names
+        allowed = f"allowed values: {', '.join(names)}" if names else "there is none to choose"
+        raise ApiError(
+            "chat_template: a request's own template is run only by a server started with "
+            f"--trust-request-chat-template; {allowed}",
+            param="chat_template",
+            code="chat_template_not_trusted",
+        )
 
 
-def load_served_model(name: str, path: str, vocab_size: int, max_model_len: int) -> ServedModel:
-    """Read tokenizer, chat template and generation defaults. Raises ValueError."""
+def load_served_model(
+    name: str,
+    path: str,
+    vocab_size: int,
+    max_model_len: int,
+    *,
+    tool_call_parser: str = "auto",
+    reasoning_parser: str = "auto",
+    chat_template: str | None = None,
+    trust_request_chat_template: bool = False,
+) -> ServedModel:
+    """Read tokenizer, chat template and generation defaults. Raises ValueError.
+
+    The text `chat_template` takes the place of the checkpoint's own templates.
+    """
     folder = Path(path)
     tokenizer, warnings = load_tokenizer(folder)
-    template, more = load_chat_template(folder)
+    templates, more = load_chat_templates(folder, chat_template)
     defaults, still_more = load_defaults(folder, tokenizer)
     defaults, unknown = _in_vocabulary(defaults, vocab_size)
+    own = templates.named(WITH_TOOLS) or templates.named(DEFAULT)
+    source = None if own is None else own.choose(None).source
+    variables = () if own is None else own.choose(None).reads
     return ServedModel(
         name=name,
         path=path,
         vocab_size=vocab_size,
         max_model_len=max_model_len,
         tokenizer=tokenizer,
-        template=template,
+        # Without a name they still know the special tokens, for the templates that requests bring.
+        template=templates if templates.names or trust_request_chat_template else None,
         defaults=defaults,
         warnings=(*warnings, *more, *still_more, *unknown),
+        tool_call_parser=choose_format(tool_call_parser, source, variables),
+        reasoning_parser=choose_reasoning(reasoning_parser, source),
+        trust_request_chat_template=trust_request_chat_template,
     )
 
 

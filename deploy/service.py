@@ -12,22 +12,28 @@ import numpy as np
 
 from deploy.admission import Admission
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.answer_grammar import answer_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
+from deploy.field_warnings import field_warnings
 from deploy.forward import Outputs, plan_forward
 from deploy.generation import plan_choices
 from deploy.metrics import AnswerMeter, Metrics
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError, Json, not_finite, recovering
-from deploy.openai_replies import ReplyContext, warnings
+from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.patient_stream import PatientStream
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
+from deploy.text_threads import TextThreads
+from deploy.tokenization import detokenize_body, tokenize_body
+from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
 from router.step import Want
 from shards.client import GroupState, ModelClient
+from shards.cores import available_cores
 
 _WAITING_PER_RUNNING = 16
 
@@ -53,6 +59,7 @@ class ApiService:
         self._max_batched_tokens = max_num_batched_tokens
         self._admission = Admission(max_num_seqs, _WAITING_PER_RUNNING * max_num_seqs)
         self._budget = StepBudget()
+        self._text = TextThreads.for_cores(available_cores())
         self._replica_id = replica_id
         self._build = dict(build or {})
         self.keep_alive_s = keep_alive_s
@@ -77,7 +84,7 @@ class ApiService:
         request = parse_request(ChatRequest, body)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        prompt = await asyncio.to_thread(chat_prompt, self._model, request)
+        prompt = await self._text.run(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
     async def completions(self, body: object) -> Json | PatientStream:
@@ -85,7 +92,7 @@ class ApiService:
         request = parse_request(CompletionRequest, body)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        prompts = await asyncio.to_thread(text_prompts, self._model, request, "prompt")
+        prompts = await self._text.run(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
 
     async def classify(self, body: object) -> Json:
@@ -96,7 +103,7 @@ class ApiService:
         param = "input" if request.messages is None else "messages"
         if request.messages is None:  # too many are refused before they are tokenized
             self._admission.check(len(request.prompts), param)
-        inputs = await asyncio.to_thread(classify_inputs, self._model, request, param)
+        inputs = await self._text.run(classify_inputs, self._model, request, param)
         computations = [
             Computation(
                 tokens=tokens,
@@ -110,6 +117,18 @@ class ApiService:
         if not all(np.isfinite(row).all() for row in scores):
             raise not_finite()
         return classify_body(self._model, request, label_set, inputs, scores)
+
+    async def tokenize(self, body: object) -> Json:
+        """/tokenize: the tokens of a prompt or a chat. Raises ApiError."""
+        request = parse_request(TokenizeRequest, body)
+        self._check_model(request.model)
+        return await self._text.run(tokenize_body, self._model, request)
+
+    async def detokenize(self, body: object) -> Json:
+        """/detokenize: the text of tokens. Raises ApiError."""
+        request = parse_request(DetokenizeRequest, body)
+        self._check_model(request.model)
+        return await self._text.run(detokenize_body, self._model, request)
 
     async def forward(self, body: object) -> Outputs:
         """One forward over a batch, as Transformers defines its outputs. Raises ApiError."""
@@ -169,7 +188,9 @@ class ApiService:
     ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
-        plans = plan_choices(self._model, request, token_ids, echoes)
+        reading = prompts[0].reading
+        grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
+        plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_ready()
         self._admission.check(len(plans))
         record = current_record()
@@ -234,5 +255,8 @@ class ApiService:
             token_ids=bool(request.return_token_ids),
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
-            warnings=warnings(request.unknown_fields),
+            warnings=(
+                *field_warnings(self._model, request),
+                *grammar_warnings(self._model, request),
+            ),
         )

@@ -42,6 +42,10 @@ class TextTokenizer(ABC):
         """The token's bytes; empty for ids without a token."""
 
     @abstractmethod
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for ids without a token."""
+
+    @abstractmethod
     def _owned_ids(self) -> Collection[int]:
         """Every id that has a token."""
 

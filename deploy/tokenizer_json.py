@@ -12,6 +12,7 @@ from tokenizers import AddedToken as LibraryToken
 from tokenizers import Tokenizer
 
 from deploy.added_tokens import AddedToken, read_folder
+from deploy.byte_letters import BYTE_OF_LETTER
 from deploy.tokenizer import TextTokenizer, TokenizerError
 
 _SPACE_MARK = "▁"
@@ -65,6 +66,11 @@ class JsonTokenizer(TextTokenizer):
         found = self._tokenizer.token_to_id(token)
         return None if found is None else int(found)
 
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for ids without a token."""
+        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
+        return "" if token is None else str(token)
+
     def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         ids: Sequence[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
@@ -74,19 +80,17 @@ class JsonTokenizer(TextTokenizer):
         return vocab.values()
 
     def _piece(self, token_id: int) -> bytes:
-        token = self._tokenizer.id_to_token(token_id) if 0 <= token_id < 2**32 else None
-        if token is None:
-            return b""
+        token = self.token_text(token_id)
         if token_id in self._added:
-            return str(token).encode()
+            return token.encode()
         if self._byte_level:
             letters = [BYTE_OF_LETTER.get(letter) for letter in token]
             if None not in letters:
                 return bytes(b for b in letters if b is not None)
-            return str(token).encode()
+            return token.encode()
         if byte := _BYTE_PIECE.fullmatch(token):
             return bytes.fromhex(byte[1])
-        return str(token).replace(_SPACE_MARK, " ").encode()
+        return token.replace(_SPACE_MARK, " ").encode()
 
 
 def _library_token(token: AddedToken) -> LibraryToken:
@@ -106,14 +110,3 @@ def _has_decoder(decoder: Any, kind: str) -> bool:
     if decoder.get("type") == kind:
         return True
     return any(_has_decoder(inner, kind) for inner in decoder.get("decoders", ()))
-
-
-def _letters_of_bytes() -> dict[str, int]:
-    """GPT-2's printable letter of every byte (openai/gpt-2 `bytes_to_unicode`), inverted."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    letters = {chr(byte): byte for byte in printable}
-    return letters | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-BYTE_OF_LETTER = _letters_of_bytes()

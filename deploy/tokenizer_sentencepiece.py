@@ -61,6 +61,15 @@ class SentencePieceTokenizer(TextTokenizer):
         found = self._id_of_added.get(token)
         return self._piece_id(token) if found is None else found
 
+    def token_text(self, token_id: int) -> str:
+        """The token as the vocabulary spells it; empty for ids without a token."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.text
+        if not 0 <= token_id < self._num_pieces or self._model.is_unused(token_id):
+            return ""
+        return str(self._model.id_to_piece(token_id))
+
     def _encode(self, text: str, add_special_tokens: bool) -> Sequence[int]:
         ids = [i for part in self._parts(text) for i in self._part_ids(part)]
         return [*self._bos, *ids, *self._eos] if add_special_tokens else ids
@@ -113,9 +122,7 @@ class SentencePieceTokenizer(TextTokenizer):
         added = self._added.get(token_id)
         if added is not None:
             return added.text.encode()
-        if not 0 <= token_id < self._num_pieces or self._model.is_unused(token_id):
-            return b""
-        piece: str = self._model.id_to_piece(token_id)
-        if self._model.is_byte(token_id):
+        piece = self.token_text(token_id)
+        if piece and self._model.is_byte(token_id):
             return bytes([int(piece[3:5], 16)])
         return piece.replace(_SPACE_MARK, " ").encode()

@@ -9,6 +9,7 @@ from pathlib import Path
 from tiktoken import Encoding
 
 from deploy.added_tokens import AddedToken, AddedTokenSplitter, read_folder
+from deploy.byte_letters import LETTER_OF_BYTE
 from deploy.tokenizer import TextTokenizer, TokenizerError
 
 # cl100k_base's split as published with GPT-4 and used to train DBRX; newer tiktoken releases keep
@@ -64,6 +65,13 @@ class TiktokenTokenizer(TextTokenizer):
         """Id of a token by its text in the vocabulary."""
         found = self._id_of_added.get(token)
         return self._ranks.get(token.encode()) if found is None else found
+
+    def token_text(self, token_id: int) -> str:
+        """The token as a tokenizer.json spells it; empty for ids without a token."""
+        added = self._added.get(token_id)
+        if added is not None:
+            return added.text
+        return "".join(LETTER_OF_BYTE[byte] for byte in self._bytes_of.get(token_id, b""))
 
     def _side(self, add: object, text: str | None) -> tuple[int, ...]:
         found = self._id_of_added.get(text) if add and text is not None else None

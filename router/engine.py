@@ -176,10 +176,13 @@ class EngineCore:
 
     def _emit(self, seq: Sequence, sampled: Sampled) -> Token:
         if sampled.token_id == NO_TOKEN:
-            self._scheduler.cache.distrust(seq)
-            return self._close(seq, FinishReason.ERROR)
+            if sampled.ends:
+                return self._close(seq, FinishReason.STOP)
+            if not sampled.error:
+                self._scheduler.cache.distrust(seq)
+            return self._close(seq, FinishReason.ERROR, sampled.error)
         seq.tokens.append(sampled.token_id)
-        finish = seq.finish_reason
+        finish = FinishReason.STOP if sampled.ends else seq.finish_reason
         if finish is not None:
             self._end(seq)
         elif seq.length - 1 == self.limits.reprefill_length:
@@ -196,7 +199,7 @@ class EngineCore:
             num_cached=seq.num_hit or 0 if seq.num_emitted == 1 else 0,
         )
 
-    def _close(self, seq: Sequence, finish: FinishReason) -> Token:
+    def _close(self, seq: Sequence, finish: FinishReason, error: str = "") -> Token:
         """The end of a sequence without a further token."""
         self._end(seq)
         return Token(
@@ -204,6 +207,7 @@ class EngineCore:
             position=seq.num_emitted,
             token_id=NO_TOKEN,
             finish=finish,
+            error=error,
             num_cached=0 if seq.num_emitted else seq.num_hit or 0,
         )
 
@@ -251,8 +255,6 @@ class EngineCore:
 def refusal_reason(admit: Admit, limits: EngineLimits) -> str | None:
     """Why a sequence can never be served under `limits`; None when it can."""
     num_prompt, max_tokens = len(admit.prompt), admit.sampling.max_tokens
-    if admit.grammar is not None:
-        return "grammar is not served: allowed None"
     if max_tokens < 0:
         return f"max_tokens={max_tokens}: allowed 0 or more"
     most = limits.max_model_len - (max_tokens > 0)

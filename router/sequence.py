@@ -54,6 +54,7 @@ class Sequence:
     priority: int
     arrival: int
     want: Want = NOTHING
+    grammar: str | None = None
     cache_salt: str = ""
     keys: PrefixKeys | None = None
     num_published: int = 0
@@ -89,6 +90,7 @@ class Sequence:
             priority=admit.priority,
             arrival=arrival,
             want=admit.want,
+            grammar=admit.grammar,
             cache_salt=admit.cache_salt,
             # Where nothing is sampled nobody sees whether the numbers are finite.
             publishes=max_tokens > 0,
@@ -156,6 +158,7 @@ class Sequence:
             sampling=self.sampling,
             state_slot=self.slot,
             want=self.want,
+            grammar=self.grammar,
         )
 
     def next_chunk(self, num_tokens: int) -> ScheduledSequence:

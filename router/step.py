@@ -23,7 +23,7 @@ class FinishReason(StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
-    """The model computed a value that is not finite: there is nothing to choose from."""
+    """There is nothing to choose from: the token's `error` says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +114,9 @@ class Token:
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
     finish: FinishReason | None = None
+    error: str = ""
+    """With finish ERROR: which of the request's own wishes leave nothing to choose from; empty
+    where the model computed a value that is not finite."""
     num_cached: int = 0
     """First token, or end without one: prompt tokens that a cached prefix saved."""
 
@@ -257,6 +260,10 @@ class Sampled:
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    ends: bool = False
+    """The grammar is complete: nothing may follow, and nothing is missing."""
+    error: str = ""
+    """With NO_TOKEN: as in `Token`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,12 +145,14 @@ class ModelClient(Protocol):
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        grammar: str | None = None,
         cache_salt: str = "",
     ) -> TokenStream:
         """Start one sequence (journalled, so that it survives any worker's death).
 
         With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed. Only
-        sequences of the same `cache_salt` share cached prefixes.
+        sequences of the same `cache_salt` share cached prefixes. `grammar` is what llguidance's
+        `LLMatcher` takes: every prefix of the answer is one of a text that it accepts.
         """
 
     def workers(self) -> tuple[WorkerStatus, ...]: ...

@@ -94,6 +94,7 @@ class ModelGroup:
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        grammar: str | None = None,
         cache_salt: str = "",
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop.
@@ -108,7 +109,7 @@ class ModelGroup:
         outputs = Outputs(want, len(prompt))
         stream = GroupStream(lambda: self._loop.drop(seq_id), outputs)
         deliver = partial(self._loop.outbox.put, stream)
-        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt)
+        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt, grammar)
         try:
             encode(entry.admit(epoch=0))
         except CodecError as error:

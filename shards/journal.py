@@ -27,6 +27,7 @@ class JournalEntry:
     deliver: Deliver
     want: Want = NOTHING
     cache_salt: str = ""
+    grammar: str | None = None
     emitted: list[int] = field(default_factory=list)
     rows_seen: dict[str, int] = field(default_factory=dict)
     """Of each wanted array, how many rows have come: those of a new epoch come again."""
@@ -43,6 +44,7 @@ class JournalEntry:
             sampling=self.sampling,
             priority=self.priority,
             want=self.want,
+            grammar=self.grammar,
             cache_salt=self.cache_salt,
         )
 

@@ -23,6 +23,7 @@ from shards.model_runner import ModelRunner
 from shards.spec import GroupSpec
 from shards.threads import dtype_of, use_threads
 from shards.verify import verify
+from shards.vocabulary import Vocabulary
 
 
 class LocalExecutor:
@@ -44,6 +45,7 @@ class LocalExecutor:
         *,
         quantization: str = "none",
         unused_ids: IdRanges = (),
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         checkpoint = Checkpoint(model_path, on_read)
         config = config.with_tensors(checkpoint.names)
@@ -52,6 +54,7 @@ class LocalExecutor:
         self._config = config
         self._dtype = dtype
         self._unused_ids = unused_ids
+        self._vocabulary = vocabulary
         self._stage = load_stage(
             config, checkpoint, 0, config.num_layers, dtype, quantization=quantization
         )
@@ -86,6 +89,7 @@ class LocalExecutor:
             dtype=self._dtype,
             num_micro_batches=1,  # nothing to overlap: the experts run in this thread
             unused_ids=self._unused_ids,
+            vocabulary=self._vocabulary,
         )
 
     def submit(self, plan: StepPlan) -> None:
@@ -118,4 +122,5 @@ def load_local_executor(group: GroupSpec, on_read: OnRead | None = None) -> Loca
         on_read,
         quantization=group.quantization,
         unused_ids=group.unused_token_ids,
+        vocabulary=group.vocabulary,
     )

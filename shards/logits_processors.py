@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ IdRanges = tuple[tuple[int, int], ...]
 
 Rows = NDArray[np.float32]
 """[n, V]."""
+
+Masks = Mapping[int, NDArray[np.bool_]]
+"""By row: [V], true for what its grammar lets through."""
 
 
 class TokenHistory:
@@ -66,22 +70,26 @@ def process(
     samplings: Sequence[SamplingParams],
     histories: Sequence[TokenHistory],
     unused_ids: IdRanges = (),
+    masks: Masks = MappingProxyType({}),
 ) -> tuple[list[int], Rows]:
     """The rows of `logits` that are to be changed, by index, and what to draw from there [k, V].
 
     What may not be drawn becomes -inf. Bans on words and early ends give way where they would
-    leave nothing. `logits` stay as they are.
+    leave nothing; grammars and allowed tokens do not. `logits` stay as they are.
     """
     asked = [
         (i, sampling, history)
         for i, (sampling, history) in enumerate(zip(samplings, histories, strict=True))
-        if unused_ids or asks(sampling, history)
+        if unused_ids or i in masks or asks(sampling, history)
     ]
     changed = [i for i, _, _ in asked]
     rows = logits[changed]
     if changed:
         own, past = [sampling for _, sampling, _ in asked], [history for _, _, history in asked]
         _mask(rows, own, unused_ids)
+        for row, i in zip(rows, changed, strict=True):
+            if i in masks:
+                row[~masks[i]] = -np.inf
         _ban(rows, own, past)
         _bias(rows, own)
         _penalise(rows, own, past)

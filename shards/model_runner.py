@@ -21,11 +21,13 @@ from router.step import (
     WantedRows,
 )
 from shards.expert_backend import ExchangeKey, ExpertBackend, Handle, LocalExpertBackend
+from shards.grammar import Grammars
 from shards.kv_cache import apply_state_ops
 from shards.logits_processors import IdRanges
 from shards.micro_batches import pack, split_sequences
 from shards.running_sequence import RunningSequence
 from shards.sampler import SampleRequest, sample
+from shards.vocabulary import Vocabulary
 from shards.wanted import head_rows, rows_of
 
 
@@ -75,6 +77,7 @@ class ModelRunner:
         num_micro_batches: int = 2,
         device: torch.device | str = "cpu",
         unused_ids: IdRanges = (),
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         assert len(caches) == len(stage.layers) == last - first, (len(caches), first, last)
         self._config = config
@@ -89,6 +92,7 @@ class ModelRunner:
         self._dtype = dtype
         self._device = device
         self._unused_ids = unused_ids
+        self._grammars = Grammars(vocabulary) if self._is_last else None
         self._sequences: dict[int, RunningSequence] = {}
         self._wanted: list[WantedRows] = []
 
@@ -122,7 +126,7 @@ class ModelRunner:
             del self._sequences[seq_id]
         for new in plan.new:
             assert new.seq_id not in self._sequences, f"new sequence {new.seq_id} is known already"
-            self._sequences[new.seq_id] = RunningSequence.begin(new)
+            self._sequences[new.seq_id] = RunningSequence.begin(new, self._grammars)
         apply_state_ops(self._caches, plan.state_ops)
         for scheduled in plan.scheduled:
             assert scheduled.seq_id in self._sequences, f"sequence {scheduled.seq_id} is unknown"
@@ -262,6 +266,7 @@ class ModelRunner:
                             seq_id=scheduled.seq_id,
                             history=sequence.history,
                             sampling=sequence.sampling,
+                            constraint=sequence.constraint,
                         )
                     )
             # A batch that only decodes is what the head wants, row for row.
@@ -272,6 +277,5 @@ class ModelRunner:
         ends_of_all = parts[0] if len(parts) == 1 else torch.cat(parts)
         logits = self._stage.logits(self._stage.norm(pad_rows(ends_of_all)))
         sampled = sample(logits[: len(requests)], requests, self._unused_ids)
-        for choice in sampled:
-            self._sequences[choice.seq_id].history.append(choice.token_id)
-        return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=tuple(sampled))
+        taken = tuple(self._sequences[choice.seq_id].take(choice) for choice in sampled)
+        return StepResult(epoch=plan.epoch, step_id=plan.step_id, sampled=taken)

@@ -18,9 +18,11 @@ from models.kernels.greedy import greatest_or_none
 from models.kernels.native import native_kernels
 from router.step import NO_TOKEN, Sampled, SamplingParams
 from shards.draw import draw, uniform
-from shards.logits_processors import IdRanges, TokenHistory, asks, process
+from shards.grammar import Constraint
+from shards.logits_processors import IdRanges, Masks, TokenHistory, asks, process
 
 _NUM_LANE_TOKENS = 32
+_NOTHING_LEFT = -3
 
 Logprobs = tuple[float | None, tuple[tuple[int, float], ...]]
 """That of the chosen token, and (id, log-probability) of the best ones."""
@@ -33,6 +35,7 @@ class SampleRequest:
     seq_id: int
     history: TokenHistory
     sampling: SamplingParams
+    constraint: Constraint | None = None
 
     @property
     def position(self) -> int:
@@ -44,6 +47,11 @@ class SampleRequest:
         """The random number of the token to come."""
         return uniform(self.sampling.seed, self.sampling.sample_idx, self.position)
 
+    def give_up(self) -> Sampled:
+        """The end of a sequence whose grammar leaves nothing to draw."""
+        assert self.constraint is not None, "nothing else leaves nothing"
+        return self.constraint.give_up(self.seq_id)
+
 
 def sample(
     logits: Tensor, requests: Sequence[SampleRequest], unused_ids: IdRanges = ()
@@ -52,22 +60,43 @@ def sample(
 
     Logits processors, temperature, then min_p, top_k and top_p as vLLM orders them; never one of
     `unused_ids`, the rows of a padded vocabulary, unless the caller allows it by name.
-    Log-probabilities are those of the raw float32 logits. NO_TOKEN where a logit is not finite.
+    Log-probabilities are those of the raw float32 logits. NO_TOKEN where a logit is not finite, or
+    where a grammar leaves nothing.
     """
     assert logits.dim() == 2, logits.shape
     assert len(logits) == len(requests), (logits.shape, len(requests))
+    plain = _plain_rows(logits, requests, unused_ids)
+    others = [i for i in range(len(requests)) if i not in plain]
+    if others:
+        rows = logits[others] if plain else logits
+        chosen = _sample(rows, [requests[i] for i in others], unused_ids)
+        plain.update(zip(others, chosen, strict=True))
+    return [plain[i] for i in range(len(requests))]
+
+
+def _plain_rows(
+    logits: Tensor, requests: Sequence[SampleRequest], unused_ids: IdRanges
+) -> dict[int, Sampled]:
+    """By row: the choice where the greatest logit is all that is asked for, if C can find it."""
     kernels = native_kernels("greedy", logits.dtype, logits.device)
-    if kernels is not None and not unused_ids and all(map(_is_plain, requests)):
-        found = greatest_or_none(kernels.name, logits)
-        return [
-            Sampled(seq_id=request.seq_id, token_id=NO_TOKEN if token_id is None else token_id)
-            for request, token_id in zip(requests, found, strict=True)
-        ]
+    plain = [i for i, request in enumerate(requests) if _is_plain(request)]
+    if kernels is None or unused_ids or not plain:
+        return {}
+    found = greatest_or_none(kernels.name, logits)
+    token_ids = [NO_TOKEN if token_id is None else token_id for token_id in found]
+    return {i: Sampled(seq_id=requests[i].seq_id, token_id=token_ids[i]) for i in plain}
+
+
+def _sample(
+    logits: Tensor, requests: Sequence[SampleRequest], unused_ids: IdRanges
+) -> list[Sampled]:
     raw = logits.to("cpu", torch.float32).contiguous()
     token_ids = _choose(raw.numpy(), requests, unused_ids)
     logprobs = _logprobs(raw, requests, token_ids)
     return [
-        Sampled(seq_id=request.seq_id, token_id=token_id, logprob=own, top_logprobs=best)
+        request.give_up()
+        if token_id == _NOTHING_LEFT
+        else Sampled(seq_id=request.seq_id, token_id=token_id, logprob=own, top_logprobs=best)
         for request, token_id, (own, best) in zip(
             requests, token_ids.tolist(), logprobs, strict=True
         )
@@ -80,6 +109,7 @@ def _is_plain(request: SampleRequest) -> bool:
     return (
         sampling.temperature == 0
         and sampling.logprobs is None
+        and request.constraint is None
         and not asks(sampling, request.history)
     )
 
@@ -87,16 +117,21 @@ def _is_plain(request: SampleRequest) -> bool:
 def _choose(
     raw: NDArray[np.float32], requests: Sequence[SampleRequest], unused_ids: IdRanges
 ) -> NDArray[np.intp]:
-    """Token ids [n]: of the greatest allowed logit (the lowest of equals), or drawn."""
+    """Token ids [n]: of the greatest allowed logit (the lowest of equals), or drawn.
+
+    NO_TOKEN where a logit is not finite, else _NOTHING_LEFT where a grammar leaves nothing.
+    """
     token_ids: NDArray[np.intp] = raw.argmax(axis=1)
     greatest = _at(raw, token_ids)
     # argmax finds NaN and inf, min finds NaN and -inf.
     finite = np.isfinite(greatest) & np.isfinite(raw.min(axis=1))
     samplings = [request.sampling for request in requests]
-    changed, rows = process(raw, samplings, [request.history for request in requests], unused_ids)
+    histories = [request.history for request in requests]
+    changed, rows = process(raw, samplings, histories, unused_ids, _masks(requests, raw.shape[1]))
     token_ids[changed] = rows.argmax(axis=1)
     greatest[changed] = _at(rows, token_ids[changed])
-    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0 and finite[i]]
+    left = greatest > -np.inf
+    drawn = [i for i, s in enumerate(samplings) if s.temperature > 0 and finite[i] and left[i]]
     if drawn:
         allowed = dict(zip(changed, rows, strict=True))
         token_ids[drawn] = draw(
@@ -105,8 +140,17 @@ def _choose(
             [samplings[i] for i in drawn],
             [requests[i].number for i in drawn],
         )
+    token_ids[~left] = _NOTHING_LEFT
     token_ids[~finite] = NO_TOKEN
     return token_ids
+
+
+def _masks(requests: Sequence[SampleRequest], size: int) -> Masks:
+    return {
+        i: request.constraint.mask(size)
+        for i, request in enumerate(requests)
+        if request.constraint is not None
+    }
 
 
 def _logprobs(
@@ -117,7 +161,7 @@ def _logprobs(
     counts = {
         i: request.sampling.logprobs
         for i, request in enumerate(requests)
-        if request.sampling.logprobs is not None and token_ids[i] != NO_TOKEN
+        if request.sampling.logprobs is not None and token_ids[i] >= 0
     }
     if not counts:
         return found

@@ -7,6 +7,7 @@ from enum import StrEnum
 
 from router.engine import EngineLimits
 from router.placement import Placement
+from shards.vocabulary import Vocabulary
 
 
 class Role(StrEnum):
@@ -69,6 +70,8 @@ class GroupSpec:
     """More threads than cores on some node: they sleep while they wait."""
     unused_token_ids: tuple[tuple[int, int], ...] = ()
     """Half-open ranges of vocabulary rows that no token owns: never sampled."""
+    vocabulary: Vocabulary | None = None
+    """For answers that keep to a grammar; None without a tokenizer."""
     deadlines: Deadlines = Deadlines()
     cache_costs: tuple[CacheCost, ...] = ()
     """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""

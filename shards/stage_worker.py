@@ -214,6 +214,7 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -
             block_size=limits.block_size,
             dtype=dtype,
             unused_ids=group.unused_token_ids,
+            vocabulary=group.vocabulary,
         )
 
     shape = MoeShape(config.hidden_size, config.top_k)

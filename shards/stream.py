@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.step import FinishReason, Token, WantedRows
-from shards.client import ReaderTooSlow, SequenceFailed
+from shards.client import ReaderTooSlow, SequenceFailed, SequenceRefused
 from shards.journal import Begun
 from shards.outputs import Outputs
 
@@ -74,6 +74,8 @@ class GroupStream:
                 self._ended = True
                 raise item
             self._ended = item.finish is not None
+            if item.error:
+                raise SequenceRefused(item.error)
             if item.finish is FinishReason.ERROR:
                 raise SequenceFailed("the model computed a value that is not finite")
             yield item

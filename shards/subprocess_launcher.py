@@ -180,7 +180,9 @@ def _tell(process: _Process, message: WorkerSpec | GroupSpec, *, answer: bool = 
         stdin.write(len(data).to_bytes(4, "little"))
         if answer and not (_wait_readable(stdout, _ALIVE_MS) and stdout.read(1)):
             return False
-        stdin.write(data)
+        rest = memoryview(data)
+        while rest:  # a bare pipe may take less than a vocabulary at once
+            rest = rest[stdin.write(rest) :]
     except BrokenPipeError:
         return False
     return True

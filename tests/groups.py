@@ -8,12 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deploy.config import parse_args
 from deploy.resolve import resolve
+from deploy.served_model import load_served_model
+from deploy.vocabulary import vocabulary_of
 from router.step import SamplingParams, Token
 from router.transport.base import Transport
 from router.transport.sockets import SocketTransport
@@ -76,7 +78,9 @@ def running_group(
 ) -> Iterator[ModelGroup]:
     """A started group whose workers are threads, built by `make`, or with `processes` subprocesses
     of this test."""
-    spec = resolve(parse_args({"model": str(model), "dtype": "float32", **options})).spec
+    resolved = resolve(parse_args({"model": str(model), "dtype": "float32", **options}))
+    served = load_served_model("tested", resolved.model_path, resolved.vocab_size, 1)
+    spec = replace(resolved.spec, vocabulary=vocabulary_of(served))
     transport = SocketTransport(INGRESS, spec.secret)
     env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
     launcher = SubprocessLauncher(env) if processes else ThreadLauncher(make)

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 
+from deploy.byte_letters import BYTE_OF_LETTER
 from deploy.demo.sentencepiece_build import build_model
 from deploy.demo.tasks import reserved_words
-from deploy.tokenizer_json import BYTE_OF_LETTER
 from deploy.tokenizer_tiktoken import CL100K_SPLIT
 
 MAX_MODEL_LEN = 512

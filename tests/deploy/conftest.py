@@ -97,6 +97,7 @@ class ScriptedClient:
     layer_totals: dict[int, LayerTotals] = field(default_factory=dict)
     streams: list[ScriptedStream] = field(default_factory=list)
     prompts: list[tuple[int, ...]] = field(default_factory=list)
+    grammars: list[str | None] = field(default_factory=list)
     _ids: itertools.count[int] = field(default_factory=itertools.count)
 
     def generate(
@@ -106,12 +107,14 @@ class ScriptedClient:
         *,
         priority: int = 0,
         want: Want = NOTHING,
+        grammar: str | None = None,
         cache_salt: str = "",
     ) -> ScriptedStream:
         ids = self.script(prompt, sampling)
         stream = ScriptedStream(next(self._ids), ids, sampling, self.delay, self.error)
         self.streams.append(stream)
         self.prompts.append(prompt)
+        self.grammars.append(grammar)
         return stream
 
     def workers(self) -> tuple[WorkerStatus, ...]:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from deploy.chat import ChatTemplate, ChatTemplateError, load_chat_template
+from deploy.chat import ChatTemplate, ChatTemplateError
+from deploy.chat_files import load_chat_templates
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.openai_errors import ApiError
 
@@ -40,8 +41,7 @@ def theirs(source: str, messages: list[dict[str, Any]], **kwargs: Any) -> str:
 @pytest.mark.parametrize("chat", CHATS)
 def test_nano_templates(name: str, chat: list[dict[str, Any]]) -> None:
     folder = nano_checkpoint(name)
-    template, warnings = load_chat_template(folder)
-    assert template is not None
+    template, warnings = load_chat_templates(folder)
     assert not warnings
     source = (folder / "chat_template.jinja").read_text()
     bos = json.loads((folder / "tokenizer_config.json").read_text())["bos_token"]
@@ -86,24 +86,19 @@ def test_template_errors_are_the_callers() -> None:
 
 
 def test_where_templates_are_found(tmp_path: Path) -> None:
-    template, [warning] = load_chat_template(tmp_path)
-    assert template is None
-    assert "no chat template" in warning
     config = tmp_path / "tokenizer_config.json"
     named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
     for value, expected in (("C", "C"), (named, "D")):
         config.write_text(json.dumps({"chat_template": value}))
-        template, _ = load_chat_template(tmp_path)
-        assert template is not None
+        template, _ = load_chat_templates(tmp_path)
         assert template.render(CHATS[0]) == expected
     (tmp_path / "chat_template.jinja").write_text("{{ eos_token }}J")
     config.write_text(json.dumps({"chat_template": "C", "eos_token": {"content": "</s>"}}))
-    template, _ = load_chat_template(tmp_path)
-    assert template is not None
+    template, _ = load_chat_templates(tmp_path)
     assert template.render(CHATS[0]) == "</s>J"
     (tmp_path / "chat_template.jinja").write_text("{% if %}")
     with pytest.raises(ChatTemplateError):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -128,16 +123,16 @@ def test_generation_blocks_are_transparent(source: str) -> None:
 def test_templates_that_do_not_compile_name_their_file(tmp_path: Path, source: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
     with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: .*does not compile"):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
     (tmp_path / "chat_template.jinja").write_text(source)
     with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja: .*does not compile"):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
 
 
 def test_a_template_that_is_not_utf8_names_its_file(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_bytes(b"caf\xe9")
     with pytest.raises(ChatTemplateError, match=r"chat_template\.jinja: .*not UTF-8"):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -146,19 +141,18 @@ def test_a_template_that_is_not_utf8_names_its_file(tmp_path: Path) -> None:
 def test_templates_of_another_shape_are_named(tmp_path: Path, value: object) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": value}))
     with pytest.raises(ChatTemplateError, match=r"tokenizer_config\.json: chat_template must be"):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{"])
 def test_a_config_that_is_no_json_object_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer_config.json").write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer_config\.json: "):
-        load_chat_template(tmp_path)
+        load_chat_templates(tmp_path)
 
 
 def test_names_of_templates_may_be_anything(tmp_path: Path) -> None:
     named = [{"name": ["x"], "template": 5}, {"name": "default", "template": "D"}, {}]
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    template, _ = load_chat_template(tmp_path)
-    assert template is not None
+    template, _ = load_chat_templates(tmp_path)
     assert template.render(CHATS[0]) == "D"

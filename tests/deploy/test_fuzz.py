@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.unsupported import _REFUSED
 
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
 KINDS = (ChatRequest, CompletionRequest, ClassifyRequest)
 FIELDS = sorted({name for kind in KINDS for name in kind.model_fields} | _REFUSED.keys())
 leaves = (
@@ -28,7 +29,9 @@ values = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.sampled_from(["role", "content", "type", "text", "x"]), inner, max_size=3
+            st.sampled_from(["role", "content", "type", "text", "x", "function", "name"]),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=6,
@@ -38,6 +41,27 @@ good: dict[str, Any] = {
     "prompt": [5, 6],
     "input": [5, 6],
 }
+functions = st.dictionaries(
+    st.sampled_from(["name", "parameters", "description", "strict", "x"]),
+    st.just("f") | st.just({"type": "object"}) | values,
+)
+tools = st.fixed_dictionaries({"type": st.just("function"), "function": functions})
+calls = st.fixed_dictionaries(
+    {"id": st.just("c"), "function": st.fixed_dictionaries({"name": leaves, "arguments": values})}
+)
+turns = st.fixed_dictionaries(
+    {"role": st.sampled_from(["assistant", "tool"])},
+    optional={"content": values, "tool_calls": st.lists(calls), "tool_call_id": leaves},
+)
+tool_bodies = st.fixed_dictionaries(
+    {"messages": st.lists(turns, min_size=1, max_size=3)},
+    optional={
+        "tools": st.lists(tools, max_size=2),
+        "tool_choice": st.sampled_from(["auto", "required", "none"]) | values,
+        "parallel_tool_calls": st.booleans() | values,
+        "response_format": st.just({"type": "json_object"}) | values,
+    },
+)
 bodies = st.builds(
     lambda keep, odd: {**(good if keep else {}), **odd},
     st.booleans(),
@@ -50,7 +74,10 @@ bodies = st.builds(
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-@given(bodies, st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/classify"]))
+@given(
+    bodies | tool_bodies,
+    st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/classify"]),
+)
 async def test_any_json(make_api: Any, body: dict[str, Any], path: str) -> None:
     api = make_api(ids=[70] * 300)
     transport = httpx.ASGITransport(api.app())

@@ -17,7 +17,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deploy.chat import load_chat_template
+from deploy.chat_files import load_chat_templates
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.demo.tasks import Task, held_out_tasks, reserved_words, train_tasks
 from deploy.demo.tokenizer_build import CHAT_FORMATS, write_tokenizer
@@ -59,7 +59,7 @@ def both(name: str) -> tuple[TextTokenizer, TextTokenizer]:
 
 
 def rendered(name: str, task: Task) -> str:
-    template, _ = load_chat_template(nano_checkpoint(name))
+    template, _ = load_chat_templates(nano_checkpoint(name))
     assert template is not None
     messages = [*task.chat(), {"role": "assistant", "content": task.answer}]
     return template.render(messages, add_generation_prompt=False)

@@ -57,7 +57,6 @@ def step(core: EngineCore, token_id: int = 7) -> tuple[Token, ...]:
         (admit_of(want=Want(score_position=0)), "want.score_position=0 with max_tokens=3"),
         (admit_of(max_tokens=0, want=Want(score_position=2)), "outside the prompt: allowed 0..1"),
         (admit_of(max_tokens=0, want=Want(logits=True, logits_positions=(1, 1))), "rising"),
-        (admit_of(grammar="{}"), "grammar"),
     ],
 )
 def test_what_can_never_be_served_is_refused_by_name(admit: Admit, named: str) -> None:
@@ -177,3 +176,45 @@ def test_reset_refuses_older_epochs() -> None:
         core.reset(2)
     assert core.admit(admit_of(epoch=2)) is None
     assert not core.has_work
+
+
+def answered(core: EngineCore, **fields: object) -> tuple[Token, ...]:
+    """Plan a step for one sequence and answer it with a `Sampled` of these fields."""
+    plan = core.schedule()
+    assert plan is not None
+    sampled = Sampled(seq_id=1, **fields)  # type: ignore[arg-type]
+    tokens = core.apply(StepResult(epoch=0, step_id=plan.step_id, sampled=(sampled,)))
+    core.check_invariants()
+    return tokens
+
+
+@pytest.mark.parametrize("max_tokens", [1, 3])
+def test_a_complete_grammar_ends_its_sequence(max_tokens: int) -> None:
+    core = EngineCore(LIMITS)
+    core.admit(admit_of(max_tokens=max_tokens, grammar="g"))
+    assert answered(core, token_id=7, ends=True) == (
+        Token(seq_id=1, position=0, token_id=7, finish=FinishReason.STOP),
+    )
+    assert not core.has_work
+
+
+def test_a_grammar_may_end_without_a_token_or_fail() -> None:
+    core = EngineCore(LIMITS)
+    core.admit(admit_of(grammar="g"))
+    answered(core, token_id=7)
+    assert answered(core, token_id=NO_TOKEN, ends=True) == (
+        Token(seq_id=1, position=1, token_id=NO_TOKEN, finish=FinishReason.STOP),
+    )
+    core.admit(admit_of(grammar="g"))
+    assert answered(core, token_id=NO_TOKEN, error="why") == (
+        Token(seq_id=1, position=0, token_id=NO_TOKEN, finish=FinishReason.ERROR, error="why"),
+    )
+    assert not core.has_work
+
+
+def test_stages_hear_of_the_grammar_again_after_a_resume() -> None:
+    core = EngineCore(LIMITS)
+    core.admit(admit_of(grammar="g", emitted=(5, 6)))
+    plan = core.schedule()
+    assert plan is not None
+    assert [(new.grammar, new.emitted) for new in plan.new] == [("g", (5, 6))]

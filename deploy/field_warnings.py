@@ -1,0 +1,33 @@
+"""What a request asked for and will not get: named in the answer's `warnings`."""
+
+from __future__ import annotations
+
+from deploy.openai_schema import ApiRequest, GenerationRequest, TemplateFields
+from deploy.served_model import ServedModel
+from deploy.unsupported import without_effect
+
+
+def field_warnings(model: ServedModel, request: ApiRequest) -> tuple[str, ...]:
+    """One sentence for each field, or key of a field, that has no effect."""
+    found = [f"unknown field {name} has no effect" for name in request.unknown_fields]
+    found += without_effect(request.model_extra or {})
+    if isinstance(request, GenerationRequest):
+        options = request.stream_options
+        if options is not None and options.include_obfuscation:
+            found.append("stream_options.include_obfuscation has no effect: nothing is padded")
+    if isinstance(request, TemplateFields) and getattr(request, "messages", None):
+        found += _unread(model, request)
+    return tuple(found)
+
+
+def _unread(model: ServedModel, request: TemplateFields) -> list[str]:
+    """Variables that the chat template does not look at, in any branch."""
+    templates = model.need_template(request.chat_template)
+    reads = templates.choose(getattr(request, "tools", None)).reads
+    given = {f"chat_template_kwargs.{name}": name for name in request.chat_template_kwargs or {}}
+    given |= {name: name for name in ("documents", "reasoning_effort") if getattr(request, name)}
+    return [
+        f"{field} has no effect: the chat template does not read it"
+        for field, name in given.items()
+        if name not in reads
+    ]
