@@ -1,62 +1,201 @@
-"""How many sequences may be under way at once, and when to come back."""
+"""Who is let in: bounds the sequences under way and their predicted wait. No I/O, no clock."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from deploy.openai_errors import ApiError
+from deploy.queue_forecast import Demand, Turn, forecast
+from deploy.service_rates import ServiceRates
+from router.step import EngineLoad
 
-_SMOOTHING = 0.1
-_MAX_RETRY_S = 60
+MAX_RETRY_S = 60.0
+"""Clients take no longer Retry-After seriously."""
+_MIN_RETRY_S = 0.5
+_UNKNOWN_RETRY_S = 1.0
+_UNKNOWN_ANSWER_S = 0.5
+"""What an answer is taken to last before the first one has ended."""
+_UNLIMITED = 2**62
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One sequence before it is admitted; `max_tokens` 0 is computed and not continued."""
+
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionLimits:
+    """What one replica may have under way. The engine's seats, block size and own queue."""
+
+    num_seats: int
+    max_waiting: int
+    block_size: int = 1
+    max_queue_s: float = 120.0
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Ticket:
+    """One admitted sequence."""
+
+    work: Work
+    arrived: float
+    seated: bool
+    """Whether it found a free seat, so that its first token's time tells of its prompt alone."""
+    first: float | None = None
+    emitted: int = 0
 
 
 class Admission:
-    """Bounds running plus waiting sequences of one replica; beyond it requests are refused."""
+    """Refuses with 429 what would wait too long, and says when there will be room.
 
-    def __init__(self, max_running: int, max_waiting: int) -> None:
-        self._max_running = max_running
-        self._bound = max_running + max_waiting
-        self._live = 0
-        self._mean_s = 1.0
+    `now` is any clock that only rises. An idle replica admits whatever it can ever serve, and
+    until something was observed only the number of sequences counts.
+    """
+
+    def __init__(self, limits: AdmissionLimits) -> None:
+        self.limits = limits
+        self.rates = ServiceRates()
+        self.num_admitted = 0
+        self.num_refused = 0
+        self._live: dict[Ticket, None] = {}
+        self._last_prefill = self._promised = -math.inf
 
     @property
     def live(self) -> int:
         """Sequences that are under way."""
-        return self._live
+        return len(self._live)
 
-    def check(self, num_sequences: int, param: str = "n") -> None:
-        """Raises ApiError: 503 with the time after which there should be room, 400 if never.
+    def check(
+        self, works: Sequence[Work], now: float, load: EngineLoad, param: str | None = "n"
+    ) -> None:
+        """Raises ApiError: 429 with the time after which there should be room, 400 if never.
 
-        `param` is the request's field that asks for so many.
+        `param` is the request's field that asks for so many sequences.
         """
-        if num_sequences > self._bound:
+        limits = self.limits
+        bound = limits.num_seats + limits.max_waiting
+        if len(works) > bound:
             raise ApiError(
-                f"{param}: {num_sequences} sequences in one request, allowed are {self._bound}",
-                param=param,
+                f"{param}: {len(works)} sequences in one request, allowed are {bound}", param=param
             )
-        if self._live + num_sequences <= self._bound:
+        excess = self.live + len(works) - bound
+        demands = [self._demand(ticket.work, ticket) for ticket in self._in_order()]
+        newcomer = self._demand(works[0])
+        # One after the other they would not take longer: nothing to predict.
+        total_s = sum(demand.prefill_s + demand.decode_s for demand in demands)
+        if excess <= 0 and total_s <= limits.max_queue_s:
             return
-        # The queue drains at max_running sequences per mean duration.
-        behind = self._live + num_sequences - self._max_running
-        wait = self._mean_s * behind / self._max_running
-        raise ApiError(
-            f"The server is overloaded: {self._live} sequences are under way, "
-            f"allowed are {self._bound}.",
-            status=503,
-            kind="service_unavailable_error",
-            code="overloaded",
-            retry_after=min(_MAX_RETRY_S, max(1, round(wait))),
+        seats, blocks = self._capacity(load)
+        *turns, mine = forecast([*demands, newcomer], seats, blocks)
+        if excess <= 0 and mine.begins <= limits.max_queue_s:
+            return
+        self.num_refused += 1
+        room_s = max(mine.begins - limits.max_queue_s, _nth_end(turns, excess))
+        raise self._overloaded(mine.begins, self._promise(works, now, room_s, seats))
+
+    def check_room(self, now: float, load: EngineLoad) -> None:
+        """Raises ApiError 429 when not even a single sequence would be admitted by number.
+
+        What is sent away unread is taken for an average request.
+        """
+        if self.live >= self.limits.num_seats + self.limits.max_waiting:
+            tokens = round(self.rates.tokens_per_prompt) or 1
+            self.check([Work(prompt_tokens=tokens, max_tokens=_UNLIMITED)], now, load)
+
+    def begin(self, works: Sequence[Work], now: float) -> list[Ticket]:
+        """Count sequences in; each must be ended."""
+        tickets = []
+        for work in works:
+            seated = self.live < self.limits.num_seats
+            ticket = Ticket(work=work, arrived=now, seated=seated)
+            self._live[ticket] = None
+            tickets.append(ticket)
+        self.num_admitted += len(tickets)
+        return tickets
+
+    def first_token(self, ticket: Ticket, now: float) -> None:
+        """A sequence's prompt has been computed."""
+        ticket.first = now
+        if ticket.seated:
+            began = max(ticket.arrived, self._last_prefill)
+            self.rates.saw_prefill(ticket.work.prompt_tokens, max(0.0, now - began))
+        self._last_prefill = now
+
+    def end(self, ticket: Ticket, now: float) -> None:
+        """A sequence is no longer under way, for whatever reason."""
+        del self._live[ticket]
+        self.rates.saw_prompt(ticket.work.prompt_tokens)
+        if ticket.first is not None and ticket.work.max_tokens:
+            self.rates.saw_answer(ticket.emitted, now - ticket.first)
+
+    def _in_order(self) -> list[Ticket]:
+        """Those that surely run, then the others as they came."""
+        return sorted(self._live, key=lambda ticket: ticket.first is None)
+
+    def _demand(self, work: Work, ticket: Ticket | None = None) -> Demand:
+        """What is left to do for it; answers are as long as they have been of late.
+
+        However much it has already said: long answers are rare, but those that are long go on.
+        """
+        rates = self.rates
+        emitted = 0 if ticket is None else ticket.emitted
+        to_come = max(0.0, min(work.max_tokens - emitted, rates.tokens_per_answer))
+        in_prefill = ticket is None or ticket.first is None
+        return Demand(
+            prefill_s=work.prompt_tokens * rates.prefill_s_per_token if in_prefill else 0.0,
+            decode_s=to_come * rates.decode_s_per_token,
+            blocks=self._blocks(work.prompt_tokens + emitted + round(to_come)),
         )
 
-    @contextmanager
-    def hold(self, num_sequences: int) -> Iterator[None]:
-        """Count sequences for as long as they run."""
-        started = time.monotonic()
-        self._live += num_sequences
-        try:
-            yield
-        finally:
-            self._live -= num_sequences
-            self._mean_s += _SMOOTHING * (time.monotonic() - started - self._mean_s)
+    def _blocks(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.limits.block_size)
+
+    def _capacity(self, load: EngineLoad) -> tuple[int, int]:
+        """Seats and blocks. Shared prefixes make blocks go further than what sequences need."""
+        seats = self.limits.num_seats
+        if load.total_slots:
+            seats = min(seats, load.total_slots)
+        if not load.total_blocks:
+            return seats, _UNLIMITED
+        running = [t for t in self._live if t.first is not None]
+        held = sum(self._blocks(t.work.prompt_tokens + t.emitted) for t in running)
+        shared = max(0, held - load.used_blocks) if load.running >= len(running) else 0
+        return seats, load.total_blocks + shared
+
+    def _promise(self, works: Sequence[Work], now: float, room_s: float, seats: int) -> float:
+        """Seconds until this request should come again, behind others that were sent away.
+
+        Who is told the same second as all others finds the room taken.
+        """
+        demands = [self._demand(work) for work in works]
+        takes = sum(demand.prefill_s + demand.decode_s / seats for demand in demands)
+        least = _MIN_RETRY_S
+        if not self.rates.tokens_per_prompt:  # nothing has ended yet
+            least, takes = _UNKNOWN_RETRY_S, _UNKNOWN_ANSWER_S * len(works) / seats
+        latest = now + MAX_RETRY_S
+        due = min(latest, max(now + max(least, room_s), self._promised))
+        self._promised = min(latest, due + takes)
+        return due - now
+
+    def _overloaded(self, wait_s: float, retry_s: float) -> ApiError:
+        limits = self.limits
+        return ApiError(
+            f"The server is overloaded: {self.live} sequences are under way, allowed are "
+            f"{limits.num_seats + limits.max_waiting}; another one would wait {wait_s:.0f} s, "
+            f"allowed are {limits.max_queue_s:g} s. Try again in {retry_s:.1f} s.",
+            status=429,
+            kind="rate_limit_error",
+            code="rate_limit_exceeded",
+            retry_after=retry_s,
+        )
+
+
+def _nth_end(turns: Sequence[Turn], count: int) -> float:
+    """Seconds until `count` of them have ended."""
+    ends = sorted(turn.ends for turn in turns)
+    return ends[min(count, len(ends)) - 1] if count > 0 and ends else 0.0

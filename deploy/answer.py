@@ -7,7 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
-from deploy.admission import Admission
+from deploy.admission import Work
+from deploy.gate import Gate
 from deploy.generation import ChoicePlan, Delta, run_choices
 from deploy.metrics import AnswerMeter
 from deploy.openai_errors import (
@@ -51,14 +52,14 @@ class Answer:
     def __init__(
         self,
         client: ModelClient,
-        admission: Admission,
+        gate: Gate,
         context: ReplyContext,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[tuple[int, ...]],
         meter: AnswerMeter,
     ) -> None:
         self._client = client
-        self._admission = admission
+        self._gate = gate
         self._context = context
         self._plans = plans
         self._prompts = prompts
@@ -110,12 +111,13 @@ class Answer:
         return await asyncio.to_thread(chunk_choice, self._context, plan, delta)
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        with self._admission.hold(len(self._plans)):
+        with self._gate.hold(works(self._plans)) as held:
             self._meter.start(self._prompts)
             deltas = run_choices(self._client, self._plans, self._context.tokenizer)
             async with aclosing(deltas):
                 try:
                     async for delta in deltas:
+                        held.saw_token(delta.index)
                         self._meter.see(delta)
                         yield delta
                 except SEQUENCE_ERRORS as error:
@@ -148,6 +150,11 @@ class Answer:
         if self._context.warnings:
             body["warnings"] = list(self._context.warnings)
         return body
+
+
+def works(plans: Sequence[ChoicePlan]) -> list[Work]:
+    """What the plans ask of the engine."""
+    return [Work(prompt_tokens=len(p.prompt), max_tokens=p.sampling.max_tokens) for p in plans]
 
 
 SequenceError = SequenceRefused | SequenceFailed | GroupUnavailable | GroupFailed

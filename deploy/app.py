@@ -8,7 +8,8 @@ from ray import serve
 
 from deploy.config import parse_args
 from deploy.ingress import Ingress
-from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
+from deploy.reservation import bundle_cpus
+from deploy.resolve import ResolvedArgs, resolve
 
 if TYPE_CHECKING:
     from ray.serve import Application

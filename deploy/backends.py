@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from models.kernels.choice import TORCH, join_choice, parse_choice, wanted_kernels
+
+if TYPE_CHECKING:
+    from models.interface import ModelConfig
 
 ATTENTION_ALIASES = {"eager": "torch", "sdpa": "torch", "flash_attention_2": "flash_attn"}
 """Transformers' names of attention implementations, and ours."""
@@ -43,3 +47,15 @@ def kernel_choice(kernels: str, attention_backend: str, mamba_backend: str) -> s
                 )
             base = "native" if base == "auto" else base
     return join_choice(base, off)
+
+
+def backend_warnings(config: ModelConfig) -> tuple[str, ...]:
+    """Which backend runs instead of one that the checkpoint asks for, and why."""
+    from models.jamba import JambaConfig
+
+    if not (isinstance(config, JambaConfig) and config.use_mamba_kernels):
+        return ()
+    return (
+        "use_mamba_kernels is true, but the mamba backend is not mamba_ssm, because "
+        f"{missing_for_mamba_ssm()}",
+    )

@@ -111,6 +111,25 @@ def serve(
     api_key: Annotated[
         list[str] | None, _option("--api-key", help="Repeatable; or CONCLAVE_API_KEY.")
     ] = None,
+    max_request_bytes: Annotated[
+        str | None, _option("--max-request-bytes", help="Larger bodies are refused; 16MiB.")
+    ] = None,
+    body_timeout: Annotated[
+        str | None, _option("--body-timeout", help="Seconds in which a body must come; 60.")
+    ] = None,
+    request_timeout: Annotated[
+        str | None, _option("--request-timeout", help="Seconds a request may take; default: any.")
+    ] = None,
+    max_queue_seconds: Annotated[
+        str | None, _option("--max-queue-seconds", help="Longer predicted waits get 429; 120.")
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None, _option("--cors-origin", help="Repeatable; default: none.")
+    ] = None,
+    strict_requests: Annotated[
+        bool | None,
+        _option("--strict-requests/--no-strict-requests", help="Refuse unknown fields."),
+    ] = None,
     threads: Annotated[
         str | None, _option("--threads", help="Per actor; default: by cores.")
     ] = None,

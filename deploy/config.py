@@ -6,10 +6,19 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
+from deploy.http_options import HttpOptions, check_origin
 from models.kernels.choice import parse_choice
 from shards.partition import LayerRanges, layer_ranges_text, parse_stage_layers
 from shards.spec import Deadlines
@@ -104,6 +113,14 @@ class ServeArgs(BaseModel):
     api_key: Annotated[
         tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)
     ] = ()
+    max_request_bytes: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 16 * 2**20
+    body_timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
+    request_timeout: Annotated[float, Field(gt=0, le=86400)] | None = None
+    max_queue_seconds: Annotated[float, Field(gt=0, le=86400)] = 120.0
+    cors_origin: Annotated[
+        tuple[Annotated[str, AfterValidator(check_origin)], ...], BeforeValidator(_as_list)
+    ] = ()
+    strict_requests: bool = False
     threads: PositiveInt | None = None
     warm_spare: bool | None = None
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
@@ -145,6 +162,16 @@ class ServeArgs(BaseModel):
             step_s=self.step_deadline,
             load_s=self.load_timeout,
             recovery_s=self.recovery_timeout,
+        )
+
+    @property
+    def http(self) -> HttpOptions:
+        """Those of the web server."""
+        return HttpOptions(
+            max_request_bytes=self.max_request_bytes,
+            body_timeout_s=self.body_timeout,
+            request_timeout_s=self.request_timeout,
+            cors_origins=self.cors_origin,
         )
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from deploy.openai_errors import cut
 from deploy.openai_schema import ApiRequest, GenerationRequest, TemplateFields
 from deploy.served_model import ServedModel
 from deploy.unsupported import without_effect
 
+_MOST = 100
+_MAX_NAME = 100
+
 
 def field_warnings(model: ServedModel, request: ApiRequest) -> tuple[str, ...]:
     """One sentence for each field, or key of a field, that has no effect."""
-    found = [f"unknown field {name} has no effect" for name in request.unknown_fields]
+    unknown = request.unknown_fields
+    found = [f"unknown field {cut(name, _MAX_NAME)} has no effect" for name in unknown[:_MOST]]
+    if len(unknown) > _MOST:
+        found.append(f"{len(unknown) - _MOST} more unknown fields have no effect")
     found += without_effect(request.model_extra or {})
     if isinstance(request, GenerationRequest):
         options = request.stream_options

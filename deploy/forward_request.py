@@ -68,7 +68,11 @@ def parse_forward(body: object, facts: ModelFacts, max_model_len: int) -> Forwar
     for key in body:
         if key not in FIELDS:
             allowed = ", ".join(FIELDS)
-            raise ApiError(f"{key}: not served; allowed fields are {allowed}", param=str(key))
+            raise ApiError(
+                f"{key}: not served; allowed fields are {allowed}",
+                param=str(key),
+                code="unknown_parameter",
+            )
     input_ids = _token_ids(body.get("input_ids"), facts.vocab_size, max_model_len)
     return ForwardRequest(
         input_ids=input_ids,

@@ -59,11 +59,11 @@ class Delta:
     offset: int
     finish: str | None
     prompt: Arrays | None = None
-    queue_seconds: float | None = None
     reasoning: str = ""
     calls: tuple[CallDelta, ...] = ()
     thinking: bool = False
     """Whether the token belongs to the reasoning."""
+    queue_seconds: float | None = None
 
     @property
     def is_first(self) -> bool:

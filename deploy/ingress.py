@@ -86,7 +86,7 @@ class Ingress:
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
         level = logging.getLevelNamesMapping()[resolved.log_level.upper()]
         log_to_stderr(level, resolved.log_format)
-        self._api_keys = resolved.api_keys
+        self._api_keys, self._http = resolved.api_keys, resolved.http
         # Chosen here, where the weights will be, and not wherever the command was typed.
         spec = await asyncio.to_thread(settle, resolved)
         model = load_served_model(
@@ -112,16 +112,19 @@ class Ingress:
             self._group,
             model,
             resolved.facts,
-            max_num_seqs=spec.limits.max_num_seqs,
+            max_num_seqs=spec.limits.num_seats,
             max_num_batched_tokens=spec.limits.max_num_batched_tokens,
             replica_id=context.replica_tag,
             build=build_facts(resolved),
+            strict=resolved.strict_requests,
+            block_size=spec.limits.block_size,
+            max_queue_s=resolved.max_queue_s,
             keep_alive_s=resolved.keep_alive_s,
         )
         self._calls = HandleCalls(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._api_keys, behind_serve=True)
+        return build_api(self._service, self._api_keys, self._http, behind_serve=True)
 
     async def chat(self, body: Json) -> Any:
         """A chat completion; with `stream` an async generator of chunks."""

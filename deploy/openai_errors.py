@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 from shards.client import GroupUnavailable
 
 Json = dict[str, Any]
+_MAX_MESSAGE = 1000
+_MAX_PARAM = 100
 
 
 class ApiError(Exception):
-    """What the caller gets instead of an answer. `param` is the name of the field at fault."""
+    """What the caller gets instead of an answer. `param` is the name of the field at fault.
+
+    A field at fault without a `code` of its own has `invalid_value`.
+    """
 
     def __init__(
         self,
@@ -22,15 +28,17 @@ class ApiError(Exception):
         kind: str = "invalid_request_error",
         param: str | None = None,
         code: str | None = None,
-        retry_after: int | None = None,
+        retry_after: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.status = status
         self.kind = kind
         self.param = param
-        self.code = code
+        self.code = "invalid_value" if code is None and param is not None else code
         self.retry_after = retry_after
+        self.headers = dict(headers or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         keywords = {key: value for key, value in vars(self).items() if key != "message"}
@@ -42,8 +50,19 @@ class ApiError(Exception):
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> Json:
-    """The OpenAI error object."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    """The OpenAI error object; what a client sent comes back shortened."""
+    if param is not None:
+        param = cut(param, _MAX_PARAM)
+    shown = cut(message, _MAX_MESSAGE)
+    return {"error": {"message": shown, "type": kind, "param": param, "code": code}}
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most `most` characters, the middle left out."""
+    if len(text) <= most:
+        return text
+    tail = most // 4
+    return f"{text[: most - tail - 5]} ... {text[-tail:]}"
 
 
 def not_found(message: str) -> ApiError:

@@ -13,20 +13,26 @@ from deploy.message_schema import Message
 from deploy.openai_errors import ApiError
 from deploy.tool_schema import MAX_TOOLS, Tool, ToolChoice, refuse_tool_choice
 from deploy.unsupported import KNOWN_FIELDS, refuse_unsupported
+from deploy.validation_errors import validation_error
 
 INT64 = 2**63
 _SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
+MAX_STOP = 4096
+"""Characters of a stop string or a bad word."""
 
 TokenId = Annotated[int, Field(ge=0, lt=INT64)]
-Stop = Annotated[str, Field(min_length=1)]
+# The first bad entry ends the check: one error for each of a million would take minutes.
+TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Truncation = Annotated[int, Field(ge=-1, lt=INT64)]
 """How many of a prompt's tokens to keep, at least 1; -1: as many as fit."""
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
-Texts = str | list[str] | list[TokenId] | list[list[TokenId]]
+Strings = Annotated[list[str], Field(fail_fast=True)]
+Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -62,7 +68,7 @@ class GenerationRequest(ApiRequest):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
@@ -70,12 +76,13 @@ class GenerationRequest(ApiRequest):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=INT64)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    # A quotient of logits: with less they would leave the range of float32.
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=256)] | None = None
-    allowed_token_ids: Annotated[list[TokenId], Field(min_length=1)] | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=2**20)] | None = None
     skip_special_tokens: bool = True
     return_tokens_as_token_ids: bool | None = None
     return_token_ids: bool | None = None
@@ -121,7 +128,7 @@ class TemplateFields(ApiRequest):
 class ChatRequest(GenerationRequest, TemplateFields):
     """POST /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, lt=INT64)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
@@ -158,7 +165,7 @@ class ClassifyRequest(TemplateFields):
     """POST /v1/classify: `input` as a completion's prompt, or one chat's `messages`."""
 
     input: Texts | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     use_activation: bool = True
     """False: the head's scores as they are."""
@@ -193,8 +200,11 @@ def _one_by_one(texts: Texts, param: str) -> list[str | list[int]]:
 Request = TypeVar("Request", bound=ApiRequest)
 
 
-def parse_request(kind: type[Request], body: object) -> Request:
-    """Check a decoded body. Raises ApiError 400 that names the field."""
+def parse_request(kind: type[Request], body: object, *, strict: bool = False) -> Request:
+    """Check a decoded body; `strict` refuses unknown fields.
+
+    Raises ApiError 400 that names the field.
+    """
     if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
         raise ApiError("the request body must be a JSON object")
     _refuse_surrogates(body)
@@ -202,10 +212,14 @@ def parse_request(kind: type[Request], body: object) -> Request:
     try:
         request = kind.model_validate({k: v for k, v in body.items() if v is not None})
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        param = str(first["loc"][0]) if first["loc"] else None
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(f"{where}: {first['msg']}", param=param) from None
+        raise validation_error(error) from None
+    if strict and request.unknown_fields:
+        name = request.unknown_fields[0]
+        raise ApiError(
+            f"{name}: unknown parameter; this server refuses what it does not know",
+            param=name,
+            code="unknown_parameter",
+        )
     if isinstance(request, ClassifyRequest):
         _refuse_input(request)
     elif isinstance(request, ChatRequest | CompletionRequest):
@@ -253,7 +267,11 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
 
 def _refuse_input(request: ClassifyRequest) -> None:
     if request.input is None and request.messages is None:
-        raise ApiError("input: required, unless there are messages", param="input")
+        raise ApiError(
+            "input: required, unless there are messages",
+            param="input",
+            code="missing_required_parameter",
+        )
     if request.input is not None and request.messages is not None:
         raise ApiError("messages: not allowed together with input", param="messages")
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from deploy.answer_reader import PLAIN, Reading
 from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
+from deploy.prompt_length import check_length
 from deploy.served_model import ServedModel
 from deploy.tokenize_schema import TokenizeRequest
 from deploy.tokenizer import Detokenizer, TextTokenizer
@@ -42,6 +43,8 @@ def chat_prompt(
         documents=request.documents,
         variables=request.variables,
     )
+    if _must_fit(request):
+        check_length(tokenizer, text, model.max_model_len, "messages")
     # The template writes its own special tokens: adding them again would double Jamba's BOS.
     special = bool(request.add_special_tokens)
     token_ids = tokenizer.encode(text, add_special_tokens=special, param="messages")
@@ -62,6 +65,8 @@ def text_prompts(
     for given in request.prompts:
         if isinstance(given, str):
             tokenizer = model.need_tokenizer(param)
+            if _must_fit(request):
+                check_length(tokenizer, given, model.max_model_len, param)
             ids = tokenizer.encode(given, add_special_tokens=special, param=param)
             prompts.append(Prompt(token_ids=ids, text=given))
         else:
@@ -69,6 +74,11 @@ def text_prompts(
     if isinstance(request, CompletionRequest):
         prompts = [_cut(prompt, request, model.max_model_len) for prompt in prompts]
     return prompts
+
+
+def _must_fit(request: ChatRequest | CompletionRequest | ClassifyRequest | TokenizeRequest) -> bool:
+    """Whether a prompt that is too long is refused, not cut."""
+    return isinstance(request, TokenizeRequest) or request.truncate_prompt_tokens is None
 
 
 def _cut(prompt: Prompt, request: CompletionRequest, max_model_len: int) -> Prompt:

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deploy.backends import kernel_choice, missing_for_mamba_ssm
+from deploy.backends import backend_warnings, kernel_choice
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
+from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
 from router.limits import EngineLimits
@@ -49,11 +50,14 @@ class ResolvedArgs:
     max_replicas: int
     cpus_per_actor: float
     log_level: str
+    http: HttpOptions
+    max_queue_s: float
+    strict_requests: bool
+    tool_call_parser: str
+    reasoning_parser: str
     log_format: str
     keep_alive_s: float
     """After so long without a chunk a stream says that it lives."""
-    tool_call_parser: str
-    reasoning_parser: str
     threads: int | None
     """As asked for; None: the replica decides by its cores and actors."""
     chat_template: str | None = None
@@ -136,14 +140,17 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         max_replicas=args.max_replicas or args.min_replicas,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
-        log_format=args.log_format,
-        keep_alive_s=args.sse_keep_alive_seconds,
+        http=args.http,
+        max_queue_s=args.max_queue_seconds,
+        strict_requests=args.strict_requests,
         tool_call_parser=served.tool_call_parser,
         reasoning_parser=served.reasoning_parser,
+        log_format=args.log_format,
+        keep_alive_s=args.sse_keep_alive_seconds,
         threads=args.threads,
         chat_template=chat_template,
         trust_request_chat_template=args.trust_request_chat_template,
-        warnings=(*config.notes, *_backend_warnings(config)),
+        warnings=(*config.notes, *backend_warnings(config)),
     )
 
 
@@ -152,36 +159,6 @@ def _unused_token_ids(served: ServedModel) -> IdRanges:
     if served.tokenizer is None:
         return ()
     return served.tokenizer.unused_ranges(served.vocab_size)
-
-
-def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
-    """Which backend runs instead of one that the checkpoint asks for, and why."""
-    from models.jamba import JambaConfig
-
-    if not (isinstance(config, JambaConfig) and config.use_mamba_kernels):
-        return ()
-    return (
-        "use_mamba_kernels is true, but the mamba backend is not mamba_ssm, because "
-        f"{missing_for_mamba_ssm()}",
-    )
-
-
-def bundle_cpus(resolved: ResolvedArgs) -> list[float]:
-    """CPUs of each bundle of a replica's placement group.
-
-    Bundle 0 holds ingress, engine and dispatcher; every other actor has its own.
-    """
-    spec, each = resolved.spec, resolved.cpus_per_actor
-    if spec.executor == "local":
-        return [round(2 * each, 4)]
-    in_first = 3 if spec.num_expert_shards else 2
-    others = len(spec.stage_layers) + spec.num_expert_shards
-    return [round(in_first * each, 4)] + [each] * others
-
-
-def num_cpus(resolved: ResolvedArgs) -> float:
-    """CPUs that all replicas reserve at most."""
-    return resolved.max_replicas * sum(bundle_cpus(resolved))
 
 
 def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:

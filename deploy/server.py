@@ -18,7 +18,8 @@ from typing import Any
 
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
-from deploy.resolve import ResolvedArgs, num_cpus, resolve
+from deploy.reservation import num_cpus
+from deploy.resolve import ResolvedArgs, resolve
 from shards.client import GroupFailed
 from shards.logs import log_to_stderr
 

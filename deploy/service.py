@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from deploy.admission import Admission
-from deploy.answer import SEQUENCE_ERRORS, Answer, api_error
+from deploy.admission import Admission, AdmissionLimits, Work
+from deploy.answer import SEQUENCE_ERRORS, Answer, api_error, works
 from deploy.answer_grammar import answer_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
 from deploy.field_warnings import field_warnings
 from deploy.forward import Outputs, plan_forward
+from deploy.gate import Gate
 from deploy.generation import plan_choices
 from deploy.metrics import AnswerMeter, Metrics
 from deploy.model_facts import ModelFacts
@@ -25,6 +26,7 @@ from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.patient_stream import PatientStream
+from deploy.predicted_work import predicted_works
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
@@ -51,17 +53,29 @@ class ApiService:
         max_num_batched_tokens: int,
         replica_id: str = "",
         build: Mapping[str, Any] | None = None,
+        strict: bool = False,
+        block_size: int = 1,
+        max_queue_s: float = 120.0,
         keep_alive_s: float = 15.0,
     ) -> None:
         self._client = client
         self._model = model
         self._facts = facts
         self._max_batched_tokens = max_num_batched_tokens
-        self._admission = Admission(max_num_seqs, _WAITING_PER_RUNNING * max_num_seqs)
+        self._admission = Admission(
+            AdmissionLimits(
+                num_seats=max_num_seqs,
+                max_waiting=_WAITING_PER_RUNNING * max_num_seqs,
+                block_size=block_size,
+                max_queue_s=max_queue_s,
+            )
+        )
+        self._gate = Gate(client, self._admission)
         self._budget = StepBudget()
         self._text = TextThreads.for_cores(available_cores())
         self._replica_id = replica_id
         self._build = dict(build or {})
+        self.strict = strict
         self.keep_alive_s = keep_alive_s
         """After so long without a chunk a stream says that it lives."""
         self.metrics = Metrics(client, replica_id)
@@ -81,28 +95,29 @@ class ApiService:
 
     async def chat(self, body: object) -> Json | PatientStream:
         """/v1/chat/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(ChatRequest, body)
+        request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
+        self._check_room(predicted_works(request), "n")
         prompt = await self._text.run(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
     async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
-        request = parse_request(CompletionRequest, body)
+        request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
+        self._check_room(predicted_works(request), "n")
         prompts = await self._text.run(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
 
     async def classify(self, body: object) -> Json:
         """/v1/classify: what the classification head says of each input. Raises ApiError."""
-        request = parse_request(ClassifyRequest, body)
+        request = parse_request(ClassifyRequest, body, strict=self.strict)
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
-        if request.messages is None:  # too many are refused before they are tokenized
-            self._admission.check(len(request.prompts), param)
+        self._check_room(predicted_works(request), param)
         inputs = await self._text.run(classify_inputs, self._model, request, param)
         computations = [
             Computation(
@@ -120,13 +135,13 @@ class ApiService:
 
     async def tokenize(self, body: object) -> Json:
         """/tokenize: the tokens of a prompt or a chat. Raises ApiError."""
-        request = parse_request(TokenizeRequest, body)
+        request = parse_request(TokenizeRequest, body, strict=self.strict)
         self._check_model(request.model)
         return await self._text.run(tokenize_body, self._model, request)
 
     async def detokenize(self, body: object) -> Json:
         """/detokenize: the text of tokens. Raises ApiError."""
-        request = parse_request(DetokenizeRequest, body)
+        request = parse_request(DetokenizeRequest, body, strict=self.strict)
         self._check_model(request.model)
         return await self._text.run(detokenize_body, self._model, request)
 
@@ -191,12 +206,11 @@ class ApiService:
         reading = prompts[0].reading
         grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
-        self._check_ready()
-        self._admission.check(len(plans))
+        self._check_room(works(plans), "n")
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
         context = self._context(request, record)
-        answer = Answer(self._client, self._admission, context, plans, token_ids, meter)
+        answer = Answer(self._client, self._gate, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
         record.stream = True
@@ -215,13 +229,26 @@ class ApiService:
 
     async def _compute(self, computations: Sequence[Computation], param: str) -> list[Arrays]:
         """Run sequences of the request's field `param`. Raises ApiError."""
-        self._check_ready()
-        self._admission.check(len(computations), param)
-        with self._admission.hold(len(computations)):
+        asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
+        self._check_room(asked, param)
+        with self._gate.hold(asked) as held:
             try:
-                return await compute(self._client, self._budget, computations)
+                rows = await compute(self._client, self._budget, computations)
+                for index in range(len(rows)):
+                    held.saw_token(index)
+                return rows
             except SEQUENCE_ERRORS as error:
                 raise api_error(error) from error
+
+    def check_room(self) -> None:
+        """Raises ApiError where no request at all would be admitted: 503 or 429."""
+        self._check_ready()
+        self._gate.check_room()
+
+    def _check_room(self, asked: Sequence[Work], param: str) -> None:
+        """Once before anything is tokenized, and again when its length is known."""
+        self._check_ready()
+        self._gate.check(asked, param)
 
     def _check_ready(self) -> None:
         state, unavailable = self._client.state, self._client.unavailable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deploy.field_warnings import field_warnings
 from deploy.openai_errors import ApiError, Json
 from deploy.openai_schema import ApiRequest
+from deploy.prompt_length import check_length
 from deploy.prompts import chat_prompt
 from deploy.served_model import ServedModel
 from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
@@ -19,6 +20,7 @@ def tokenize_body(model: ServedModel, request: TokenizeRequest) -> Json:
         tokenizer = model.need_tokenizer("prompt")
         special = request.add_special_tokens is not False
         text = request.prompt or ""
+        check_length(tokenizer, text, model.max_model_len, "prompt")
         token_ids = tokenizer.encode(text, add_special_tokens=special, param="prompt")
     strings = None
     if request.return_token_strs:

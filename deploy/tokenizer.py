@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -65,6 +66,11 @@ class TextTokenizer(ABC):
         if piece is None:
             piece = self._pieces[token_id] = self._piece(token_id)
         return piece
+
+    @functools.cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token, whitespace at its ends not counted; at least 1."""
+        return max((len(self._piece(i).strip()) for i in self._owned_ids()), default=0) or 1
 
     def decode(self, token_ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole sequence that continues a prompt (a leading space is kept)."""

@@ -33,7 +33,7 @@ def _is_text_list(value: Any) -> bool:
 
 
 # Field → what it may hold anyway, and that in words.
-_REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+REFUSED_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tools": (_is([]), "an empty list"),
     "tool_choice": (_is("none", "auto"), "none, auto"),
     "functions": (_is([]), "an empty list"),
@@ -74,7 +74,7 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 # Fields that vLLM has removed → what it has in their place.
-_REMOVED = {
+REMOVED_FIELDS = {
     "guided_json": 'structured_outputs {"json": ...}',
     "guided_regex": 'structured_outputs {"regex": ...}',
     "guided_choice": 'structured_outputs {"choice": [...]}',
@@ -102,14 +102,14 @@ _INSTEAD = {
 }
 
 # Field → what it may hold without a word, and why it has no effect otherwise.
-_WITHOUT_EFFECT: dict[str, tuple[Callable[[Any], bool], str]] = {
+WITHOUT_EFFECT: dict[str, tuple[Callable[[Any], bool], str]] = {
     "store": (_is(False), "answers are not stored"),
     "service_tier": (_is("auto", "default"), "there is one tier"),
     "prompt_cache_options": (_is({}), "prompts stay cached as long as there is room"),
     "prompt_cache_retention": (_is("in_memory"), "prompts stay cached as long as there is room"),
     "request_id": (_is(), "send the header x-request-id"),
 }
-KNOWN_FIELDS = IGNORED_FIELDS | _WITHOUT_EFFECT.keys() | _REFUSED.keys()
+KNOWN_FIELDS = IGNORED_FIELDS | WITHOUT_EFFECT.keys() | REFUSED_FIELDS.keys()
 
 
 def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
@@ -117,14 +117,14 @@ def refuse_unsupported(body: Mapping[str, Any], served: Container[str]) -> None:
 
     `served` are the fields that this route does read.
     """
-    for field, instead in _REMOVED.items():
+    for field, instead in REMOVED_FIELDS.items():
         if body.get(field) is not None:
             raise ApiError(
                 f"{field}: not available any more; use {instead}",
                 param=field,
                 code="unsupported_parameter",
             )
-    for field, (allowed, words) in _REFUSED.items():
+    for field, (allowed, words) in REFUSED_FIELDS.items():
         value = body.get(field)
         if field not in served and value is not None and not allowed(value):
             instead = f"; use {_INSTEAD[field]}" if field in _INSTEAD else ""
@@ -139,6 +139,6 @@ def without_effect(fields: Mapping[str, Any]) -> list[str]:
     """One sentence for each known field whose value has no effect here."""
     return [
         f"{field} has no effect: {why}"
-        for field, (neutral, why) in _WITHOUT_EFFECT.items()
+        for field, (neutral, why) in WITHOUT_EFFECT.items()
         if field in fields and not neutral(fields[field])
     ]

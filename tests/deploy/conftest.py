@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 
 from deploy.compute import Arrays
 from deploy.config import parse_args
 from deploy.demo import nano_checkpoint
 from deploy.http_api import build_api
+from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts
 from deploy.resolve import resolve
 from deploy.served_model import ServedModel, load_served_model
@@ -180,8 +182,8 @@ class Api:
     client: ScriptedClient
     service: ApiService
 
-    def app(self, api_keys: tuple[str, ...] = ()) -> object:
-        return build_api(self.service, api_keys)
+    def app(self, api_keys: tuple[str, ...] = (), *, options: HttpOptions | None = None) -> FastAPI:
+        return build_api(self.service, api_keys, options)
 
 
 @pytest.fixture
@@ -194,6 +196,7 @@ def make_api(nano_jamba: ServedModel) -> Callable[..., Api]:
         max_num_seqs: int = 4,
         delay: float = 0.0,
         error: Exception | None = None,
+        strict: bool = False,
     ) -> Api:
         served = model or nano_jamba
         script = say(nano_jamba, text) if ids is None else ids
@@ -205,6 +208,7 @@ def make_api(nano_jamba: ServedModel) -> Callable[..., Api]:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=512,
             replica_id="r1",
+            strict=strict,
         )
         return Api(served, client, service)
 

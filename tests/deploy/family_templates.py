@@ -142,7 +142,10 @@ PHI = (
 )
 
 # What a template is shown, to the order of keys.
-RAW = "{% for m in messages %}{{ m | tojson }}{{ m.thinking }}{{ m.content }}{% endfor %}{{ tools | tojson }}"
+RAW = (
+    "{% for m in messages %}{{ m | tojson }}{{ m.thinking }}{{ m.content }}{% endfor %}"
+    "{{ tools | tojson }}"
+)
 
 FAMILY_TEMPLATES = {"raw": RAW, "jamba": JAMBA, "hermes": HERMES, "dbrx": DBRX, "phi": PHI}
 

@@ -12,7 +12,8 @@ import pytest
 
 from deploy.config import ConfigError, parse_args
 from deploy.demo import nano_checkpoint
-from deploy.resolve import ResolvedArgs, bundle_cpus, resolve
+from deploy.reservation import bundle_cpus
+from deploy.resolve import ResolvedArgs, resolve
 from shards.ray_launcher import bundle_index
 from shards.spec import Deadlines, worker_specs
 from tests.tiny import write_tiny

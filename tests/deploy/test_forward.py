@@ -202,7 +202,7 @@ async def test_a_batch_is_admitted_whole(make_api: Callable[..., Api]) -> None:
         await asyncio.sleep(0.01)
     with pytest.raises(ApiError) as busy:
         await api.service.forward({"input_ids": [[5]] * 2})
-    assert (busy.value.status, busy.value.code) == (503, "overloaded")
+    assert (busy.value.status, busy.value.code) == (429, "rate_limit_exceeded")
     assert len(api.client.streams) == 16
     call.cancel()
 

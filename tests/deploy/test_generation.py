@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from deploy.admission import Admission
 from deploy.generation import ChoiceText, plan_choices
-from deploy.openai_errors import ApiError
 from deploy.openai_schema import ChatRequest, CompletionRequest, parse_request
 from router.step import FinishReason, Token
 from tests.deploy.conftest import load_nano
@@ -104,17 +100,3 @@ def test_a_character_cut_off_at_the_end_is_replaced() -> None:
     first = MODEL.tokenizer.encode("é", add_special_tokens=False)[0]
     token = Token(seq_id=0, position=0, token_id=first, finish=FinishReason.LENGTH)
     assert ChoiceText(plan, MODEL.tokenizer).push(token).text == "�"
-
-
-def test_admission_counts_what_runs() -> None:
-    admission = Admission(max_running=2, max_waiting=2)
-    with admission.hold(3):
-        admission.check(1)
-        with pytest.raises(ApiError) as busy:
-            admission.check(2)
-        assert busy.value.status == 503
-        assert busy.value.retry_after is not None
-    admission.check(4)
-    with pytest.raises(ApiError) as never:
-        admission.check(5)
-    assert never.value.status == 400

@@ -325,9 +325,11 @@ async def test_overload_says_when_to_come_back(make_api: MakeApi) -> None:
         busy = asyncio.gather(*(client.post("/v1/completions", json=body) for _ in range(17)))
         await asyncio.sleep(0.05)
         response = await client.post("/v1/completions", json=body)
-        assert response.status_code == 503
+        assert response.status_code == 429
         assert is_openai_error(response.json())
-        assert int(response.headers["retry-after"]) >= 1
+        assert response.json()["error"]["code"] == "rate_limit_exceeded"
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+        assert 0 < int(response.headers["retry-after-ms"]) <= 60_000
         assert {r.status_code for r in await busy} == {200}
         assert (await client.post("/v1/completions", json=body)).status_code == 200
 

@@ -18,11 +18,11 @@ USER: Any = [{"role": "user", "content": "Hi"}]
 
 
 @asynccontextmanager
-async def served(api: Any, keys: tuple[str, ...] = ()) -> AsyncIterator[str]:
+async def served(api: Any, keys: tuple[str, ...] = (), **app: Any) -> AsyncIterator[str]:
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
     listener.listen()
-    server = uvicorn.Server(uvicorn.Config(api.app(keys), log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(api.app(keys, **app), log_level="error"))
     running = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"

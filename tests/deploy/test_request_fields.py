@@ -13,7 +13,13 @@ from openai.types.chat import completion_create_params as chat
 from openai.types.shared import ReasoningEffort as TheirEffort
 
 from deploy.openai_schema import ChatRequest, CompletionRequest, ReasoningEffort, StreamOptions
-from deploy.unsupported import _INSTEAD, _REFUSED, _WITHOUT_EFFECT, IGNORED_FIELDS
+from deploy.unsupported import (
+    _INSTEAD,
+    IGNORED_FIELDS,
+    REFUSED_FIELDS,
+    REMOVED_FIELDS,
+    WITHOUT_EFFECT,
+)
 from tests.deploy.http_client import post
 
 MakeApi = Callable[..., Any]
@@ -89,7 +95,7 @@ VLLM_CHAT = {
 
 
 def known(kind: type[ChatRequest] | type[CompletionRequest]) -> set[str]:
-    return {*kind.model_fields, *IGNORED_FIELDS, *_REFUSED, *_WITHOUT_EFFECT}
+    return {*kind.model_fields, *IGNORED_FIELDS, *REFUSED_FIELDS, *REMOVED_FIELDS, *WITHOUT_EFFECT}
 
 
 @pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
@@ -98,9 +104,9 @@ def test_no_field_of_the_sdk_or_of_vllm_is_unknown(kind: type[ChatRequest]) -> N
     own = VLLM_CHAT if kind is ChatRequest else set()
     assert not (OPENAI[kind] | VLLM | own) - known(kind)
     # The lists do not overlap: each field has one fate.
-    assert not IGNORED_FIELDS & (_REFUSED.keys() | _WITHOUT_EFFECT.keys())
-    assert not _REFUSED.keys() & _WITHOUT_EFFECT.keys()
-    assert _INSTEAD.keys() <= _REFUSED.keys()
+    assert not IGNORED_FIELDS & (REFUSED_FIELDS.keys() | WITHOUT_EFFECT.keys())
+    assert not REFUSED_FIELDS.keys() & WITHOUT_EFFECT.keys()
+    assert _INSTEAD.keys() <= REFUSED_FIELDS.keys()
 
 
 def test_allowed_values_are_the_sdks() -> None:
@@ -110,7 +116,7 @@ def test_allowed_values_are_the_sdks() -> None:
     assert set(get_args(ReasoningEffort)) == set(get_args(theirs))
 
 
-@pytest.mark.parametrize("field", sorted(_REFUSED.keys() - ChatRequest.model_fields.keys()))
+@pytest.mark.parametrize("field", sorted(REFUSED_FIELDS.keys() - ChatRequest.model_fields.keys()))
 async def test_refused_fields_say_what_is_allowed(make_api: MakeApi, field: str) -> None:
     response = await post(make_api(), CHAT, {"messages": USER, field: {"odd": [1]}})
     error = response.json()["error"]

@@ -102,7 +102,7 @@ async def test_one_access_record_per_request(make_api: MakeApi) -> None:
     assert done["completion_tokens"] == sum(s.emitted for s in api.client.streams)
     assert 0 < done["ttft_seconds"] <= done["duration_seconds"]
     assert done["finish_reasons"] == ["stop", "stop"]
-    assert (refused["status"], refused["error_code"]) == (400, "invalid_request_error")
+    assert (refused["status"], refused["error_code"]) == (400, "invalid_type")
     assert "private" not in sink.getvalue()
 
 

@@ -1,0 +1,83 @@
+"""From a request's bytes to JSON values, by RFC 8259 and nothing beyond it."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from typing import Any, NoReturn
+
+from deploy.openai_errors import ApiError
+
+MAX_DEPTH = 100
+"""Objects and lists inside each other; what reads them (templates, grammars) often recurses."""
+
+
+def decode_json(raw: bytes) -> object:
+    """The value of a body in UTF-8, with or without a byte-order mark. Raises ApiError 400.
+
+    Stricter than Python's own: no NaN, no infinity (also not as 1e999), no name twice in an
+    object, because one of the two values would silently be dropped.
+    """
+    if not raw:
+        raise ApiError("the request body is empty: it must be a JSON object")
+    try:
+        value = json.loads(
+            raw.decode("utf-8-sig"),
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+            object_pairs_hook=_unique,
+        )
+    except RecursionError:
+        raise _too_deep() from None
+    except UnicodeDecodeError as error:
+        raise ApiError(
+            f"the request body is not valid UTF-8: {error.reason} at byte {error.start}"
+        ) from None
+    except json.JSONDecodeError as error:
+        raise ApiError(f"the request body is not valid JSON: {error}") from None
+    except ValueError:  # Python's own bound on digits
+        raise ApiError("the request body holds an integer with too many digits") from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(value):
+        raise _too_deep()
+    return value
+
+
+def _too_deep() -> ApiError:
+    return ApiError(f"the request body is nested more than {MAX_DEPTH} levels deep")
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_DEPTH + 1):
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ApiError(f"the request body is not valid JSON: {name} is no JSON number")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ApiError(f"the request body holds a number out of range: {reprlib.repr(digits)}")
+    return number
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        # `add` returns None: the first name that is there already.
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        shown = twice.encode("ascii", "backslashreplace").decode()
+        raise ApiError(f"{shown}: given more than once in one object", param=shown)
+    return found
