@@ -38,7 +38,10 @@ CHECK_NAMES = (
     "response_headers_conformance",
     "response_schema_conformance",
 )
-POSTS = ("/v1/chat/completions", "/v1/completions", "/v1/classify", "/classify")
+POSTS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/classify", "/classify"),
+    *("/tokenize", "/detokenize"),
+)
 
 
 async def document_of(api: Any, **options: Any) -> Any:
@@ -173,7 +176,8 @@ def test_a_few_hundred_cases(make_api: MakeApi) -> None:
 
 
 READS = [(path, "GET") for path in ("/v1/models", "/v1/models/{name}", "/v1/experts", "/version")]
-READS += [("/health", "GET"), ("/health", "HEAD"), ("/ready", "GET"), ("/openapi.json", "GET")]
+READS += [(path, "GET") for path in ("/metrics", "/health", "/ready", "/openapi.json")]
+READS += [("/health", "HEAD")]
 
 
 def two_headed(folder: Path) -> Path:
