@@ -255,14 +255,6 @@ def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:
     if request.top_logprobs is not None and not request.logprobs:
         raise ApiError("top_logprobs: only allowed with logprobs=true", param="top_logprobs")
     refuse_tool_choice(request.tools or (), request.tool_choice)
-    if request.max_completion_tokens is not None and request.max_tokens not in (
-        None,
-        request.max_completion_tokens,
-    ):
-        raise ApiError(
-            "max_tokens: only allowed without max_completion_tokens, or with the same value",
-            param="max_tokens",
-        )
 
 
 def _refuse_input(request: ClassifyRequest) -> None:

@@ -120,6 +120,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
             tool_call_parser=args.tool_call_parser,
             reasoning_parser=args.reasoning_parser,
         )
+        tool_call_parser = served.tool_call_parser
     except (ValueError, OSError) as error:
         raise ConfigError(f"model={args.model}: {_one_sentence(error)}") from error
     return ResolvedArgs(
@@ -143,7 +144,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         http=args.http,
         max_queue_s=args.max_queue_seconds,
         strict_requests=args.strict_requests,
-        tool_call_parser=served.tool_call_parser,
+        tool_call_parser=tool_call_parser,
         reasoning_parser=served.reasoning_parser,
         log_format=args.log_format,
         keep_alive_s=args.sse_keep_alive_seconds,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deploy.chat import DEFAULT, WITH_TOOLS, ChatTemplates
+from deploy.chat import DEFAULT, WITH_TOOLS, ChatTemplate, ChatTemplates
 from deploy.chat_files import load_chat_templates
 from deploy.json_file import read_json_object
 from deploy.openai_errors import ApiError
@@ -76,10 +76,31 @@ class ServedModel:
     template: ChatTemplates | None
     defaults: SamplingDefaults
     warnings: tuple[str, ...] = ()
-    tool_call_parser: str = "none"
-    reasoning_parser: str = "none"
+    asked_tool_call_parser: str = "auto"
+    asked_reasoning_parser: str = "auto"
     trust_request_chat_template: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def tool_call_parser(self) -> str:
+        """By the option and the chat template. Raises ValueError where the option cannot work."""
+        template = self._template_with_tools
+        source, reads = (None, ()) if template is None else (template.source, template.reads)
+        return choose_format(self.asked_tool_call_parser, source, reads)
+
+    @property
+    def reasoning_parser(self) -> str:
+        """By the option and the chat template."""
+        template = self._template_with_tools
+        source = None if template is None else template.source
+        return choose_reasoning(self.asked_reasoning_parser, source)
+
+    @property
+    def _template_with_tools(self) -> ChatTemplate | None:
+        if self.template is None:
+            return None
+        own = self.template.named(WITH_TOOLS) or self.template.named(DEFAULT)
+        return None if own is None else own.choose(None)
 
     def need_tokenizer(self, param: str) -> TextTokenizer:
         """Raises ApiError 400 `tokenizer_missing`."""
@@ -143,9 +164,6 @@ def load_served_model(
     templates, more = load_chat_templates(folder, chat_template)
     defaults, still_more = load_defaults(folder, tokenizer)
     defaults, unknown = _in_vocabulary(defaults, vocab_size)
-    own = templates.named(WITH_TOOLS) or templates.named(DEFAULT)
-    source = None if own is None else own.choose(None).source
-    variables = () if own is None else own.choose(None).reads
     return ServedModel(
         name=name,
         path=path,
@@ -156,8 +174,8 @@ def load_served_model(
         template=templates if templates.names or trust_request_chat_template else None,
         defaults=defaults,
         warnings=(*warnings, *more, *still_more, *unknown),
-        tool_call_parser=choose_format(tool_call_parser, source, variables),
-        reasoning_parser=choose_reasoning(reasoning_parser, source),
+        asked_tool_call_parser=tool_call_parser,
+        asked_reasoning_parser=reasoning_parser,
         trust_request_chat_template=trust_request_chat_template,
     )
 

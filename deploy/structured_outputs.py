@@ -17,7 +17,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from deploy.openai_errors import ApiError
 
 MAX_CHOICES = 10_000
-MAX_GRAMMAR_CHARS = 512 * 1024
+MAX_GRAMMAR_CHARS = 256 * 1024
 """Of the text that llguidance gets: its time grows with the square of some grammars' length."""
 
 # Behind the text, so that line numbers in errors stay the caller's. Without it llguidance lets

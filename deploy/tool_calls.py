@@ -192,7 +192,7 @@ class ToolCallParser:
         return True
 
     def _announce(self, name: str) -> None:
-        self._space, self._behind_call = "", True
+        self._behind_call = True
         delta = CallDelta(index=self.num_calls, call_id=self._make_id(), name=name)
         self._deltas.append(delta)
         self.num_calls += 1

@@ -141,7 +141,13 @@ PHI = (
     "{{ eos_token }}{% endif %}"
 )
 
-FAMILY_TEMPLATES = {"jamba": JAMBA, "hermes": HERMES, "dbrx": DBRX, "phi": PHI}
+# What a template is shown, to the order of keys.
+RAW = (
+    "{% for m in messages %}{{ m | tojson }}{{ m.thinking }}{{ m.content }}{% endfor %}"
+    "{{ tools | tojson }}"
+)
+
+FAMILY_TEMPLATES = {"raw": RAW, "jamba": JAMBA, "hermes": HERMES, "dbrx": DBRX, "phi": PHI}
 
 WEATHER: dict[str, Any] = {
     "type": "function",

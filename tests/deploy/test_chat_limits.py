@@ -65,6 +65,8 @@ def test_what_a_template_says_is_cut() -> None:
         "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
         "{% macro f(n) %}{% if n %}{{ f(n - 1) ~ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
         "{% for a in range(99999) %}{% for b in range(9999) if false %}{% endfor %}{% endfor %}",
+        "{% set r = range(99999) %}{% for a in r %}{% for b in r %}{% continue %}{% endfor %}"
+        "{% continue %}{% endfor %}",
         "{% for a in [[[[]]]] * 99999 recursive %}{{ loop(range(99999) | list) }}{% endfor %}",
     ],
 )
@@ -106,13 +108,15 @@ async def test_waiting_requests_pile_up_no_threads() -> None:
 
     before = threading.active_count()
     waiting = [asyncio.create_task(threads.run(work, number)) for number in range(300)]
-    await asyncio.sleep(0.05)
-    assert threading.active_count() - before <= 2
-    # Clients that leave take their place in the queue with them.
-    for task in waiting[10:]:
-        task.cancel()
-    await asyncio.gather(*waiting[10:], return_exceptions=True)
-    gate.set()
+    try:
+        await asyncio.sleep(0.05)
+        assert threading.active_count() - before <= 2
+        # Clients that leave take their place in the queue with them.
+        for task in waiting[10:]:
+            task.cancel()
+        await asyncio.gather(*waiting[10:], return_exceptions=True)
+    finally:
+        gate.set()
     assert await asyncio.gather(*waiting[:10]) == list(range(10))
     assert await threads.run(len, "abc") == 3
     assert sorted(ran) == list(range(10))

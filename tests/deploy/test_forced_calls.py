@@ -114,6 +114,8 @@ async def test_what_the_grammar_lets_through(make_api: MakeApi, form: str, tmp_p
     wrong = booked.replace("3", "30")
     assert not accepts(model, many, wrong)
     assert not accepts(model, many, f"{thought}Hello")
+    # A call in the reasoning that the prompt has opened would not be one.
+    assert accepts(model, many, alone.removeprefix(thought)) is not bool(thought)
 
 
 async def test_strict_functions_are_held_to_where_a_token_begins_calls(
@@ -151,6 +153,8 @@ async def test_a_form_of_the_answer_beside_tools(
     assert not accepts(model, with_tools, f"{thought}{{}}")
     body = await ask(api, tools=[PING], response_format=FORM, tool_choice="required")
     assert body["warnings"] == ["response_format has no effect where a tool has to be called"]
+    forced = api.client.grammars[-1]
+    assert [accepts(model, forced, text) for text in (answer, calls)] == [False, True]
 
 
 async def test_json_calls_and_a_form_are_refused(make_api: MakeApi, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
 from deploy.unsupported import REFUSED_FIELDS
 
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/classify")
 KINDS = (ChatRequest, CompletionRequest, ClassifyRequest)
 FIELDS = sorted({name for kind in KINDS for name in kind.model_fields} | REFUSED_FIELDS.keys())
 leaves = (

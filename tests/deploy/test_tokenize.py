@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from deploy.chat_files import load_chat_templates
 from deploy.demo import NANO_MODELS, nano_checkpoint
+from deploy.served_model import load_served_model
 from deploy.tokenizer import load_tokenizer
 from tests.deploy.conftest import MAX_MODEL_LEN, load_nano
 from tests.deploy.family_templates import JAMBA, WEATHER
@@ -64,11 +64,12 @@ async def test_a_chat_gives_the_prompt_that_is_generated_from(make_api: MakeApi,
 
 
 async def test_tools_and_templates_reach_the_chat(make_api: MakeApi, tmp_path: Path) -> None:
+    leave = shutil.ignore_patterns("*.safetensors")
+    shutil.copytree(nano_checkpoint("nano-jamba"), tmp_path, ignore=leave, dirs_exist_ok=True)
     (tmp_path / "chat_template.jinja").write_text("D{{ x }}")
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(JAMBA)
-    templates, _ = load_chat_templates(tmp_path)
-    model = replace(load_nano("nano-jamba"), template=templates)
+    model = load_served_model("m", str(tmp_path), 512, MAX_MODEL_LEN)
     api = make_api(model=model)
 
     async def text_of(**body: Any) -> str:

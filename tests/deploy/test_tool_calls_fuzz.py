@@ -52,6 +52,7 @@ def in_pieces(text: str, cuts: list[int]) -> list[str]:
 
 
 @given(answers(), st.lists(st.integers(0, 400), max_size=6), st.booleans())
+@example((HERMES, '<tool_call>{"name": "f", "arguments": {"a": <b}}</tool_call>'), [46], False)
 @example((HERMES, '<tool_call>{"name": "f", "arguments": {"a": 1</tool_'), [50], False)
 def test_no_cut_changes_the_result(
     answer: tuple[ToolFormat, str], cuts: list[int], one_call: bool

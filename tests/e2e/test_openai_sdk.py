@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,14 @@ COMPLETION_OPTIONS: list[dict[str, Any]] = [
     {"echo": True, "logprobs": 1, "max_tokens": 2},
     {"extra_body": {"truncate_prompt_tokens": 2, "return_token_ids": True}},
 ]
+CITY: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+SCHEMA = {"type": "json_schema", "json_schema": {"name": "c", "schema": CITY}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "go", "parameters": CITY}}
 
 
 @pytest.fixture(scope="module")
@@ -240,3 +250,58 @@ def test_a_stream_that_is_closed_leaves_the_server_well(api: openai.OpenAI) -> N
             next(iter(stream))
     content = api.chat.completions.create(**CHAT).choices[0].message.content
     assert (content or "").strip() == "35"
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "go"}}])
+async def test_forced_calls_four_ways(api: openai.OpenAI, url: str, choice: Any) -> None:
+    given: dict[str, Any] = {**CHAT, "max_tokens": 60, "tools": [TOOL], "tool_choice": choice}
+    given["parallel_tool_calls"] = False
+    raw = api.chat.completions.with_raw_response.create(**given)
+    [whole] = check_chat(raw.http_response.json()).choices
+    sync_bodies = [c.to_dict() for c in api.chat.completions.create(**given, stream=True)]
+    async with async_api(url) as client:
+        stream = await client.chat.completions.create(**given, stream=True)
+        async_bodies = [chunk.to_dict() async for chunk in stream]
+    assert (whole.finish_reason, whole.message.content) == ("tool_calls", None)
+    [call] = whole.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "go"
+    assert json.loads(call.function.arguments)["city"] in ("Bern", "Rome")
+    for bodies in (sync_bodies, async_bodies):
+        chunks = check_chat_chunks(bodies)
+        assert chunks[-1].choices[0].finish_reason == "tool_calls"
+        deltas = [d for c in chunks for d in c.choices[0].delta.tool_calls or [] if d.function]
+        assert len({delta.id for delta in deltas if delta.id}) == 1
+        assert [d.function.name for d in deltas if d.function and d.function.name] == ["go"]
+        arguments = [d.function.arguments or "" for d in deltas if d.function]
+        assert "".join(arguments) == call.function.arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "c", "schema": CITY},
+                }
+            },
+            r'\s*\{\s*"city"\s*:\s*"(Bern|Rome)"\s*\}\s*',
+        ),
+        ({"extra_body": {"structured_outputs": {"choice": ["yes", "no"]}}}, "yes|no"),
+        ({"extra_body": {"structured_outputs": {"regex": "[A-C]{3}[0-9]"}}}, "[A-C]{3}[0-9]"),
+        ({"extra_body": {"structured_outputs": {"grammar": 'start: "a" "b"+ "."'}}}, r"ab+\."),
+    ],
+)
+async def test_answers_of_a_form(
+    api: openai.OpenAI, url: str, options: dict[str, Any], form: str
+) -> None:
+    given: dict[str, Any] = {**CHAT, "max_tokens": 60, "temperature": 1.0, "seed": 4, **options}
+    whole = check_chat(api.chat.completions.with_raw_response.create(**given).http_response.json())
+    async with async_api(url) as client:
+        stream = await client.chat.completions.create(**given, stream=True)
+        chunks = check_chat_chunks([chunk.to_dict() async for chunk in stream])
+    text = whole.choices[0].message.content or ""
+    assert whole.choices[0].finish_reason == "length" or re.fullmatch(form, text)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
