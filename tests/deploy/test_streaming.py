@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import openai
 import pytest
+from starlette.requests import ClientDisconnect
 
 from deploy.demo import nano_checkpoint
+from deploy.event_stream import EventStream
+from deploy.patient_stream import PatientStream
 from router.step import NOTHING, Token
 from shards import stream as group_stream
 from shards.client import ReaderTooSlow, SequenceRefused
@@ -145,12 +148,33 @@ async def test_a_client_that_leaves_aborts_within_a_step(
             await at_rest(service)
             load = service._client.load
             assert service._admission.live == 0
+            metrics = service.metrics.text().decode()
+    assert 'requests_total{replica_id="",route="/v1/completions",status="499"} 1.0' in metrics
+    assert 'queue_time_seconds_count{replica_id=""} 3.0' in metrics
     steps.assert_aborted_within_a_step(3, 480)
     assert (load.used_slots, load.running, load.waiting) == (0, 0, 0)
 
 
 def make_group_stream(aborted: list[bool]) -> GroupStream:
     return GroupStream(lambda: aborted.append(True), Outputs(NOTHING, 1))
+
+
+async def test_a_client_that_is_gone_before_the_headers_aborts_too(make_api: MakeApi) -> None:
+    api = make_api(ids=[70] * 99)
+    stream = await api.service.completions({"prompt": [5], "max_tokens": 99, "stream": True})
+    assert isinstance(stream, PatientStream)
+
+    async def send(message: Any) -> None:
+        raise OSError("broken pipe")
+
+    async def no_events() -> AsyncGenerator[bytes, None]:
+        yield b""
+
+    response = EventStream(no_events(), stream, 15.0)
+    with pytest.raises(ClientDisconnect):
+        await response({"type": "http"}, asyncio.Event().wait, send)  # type: ignore[arg-type]
+    assert api.client.streams[0].aborted
+    assert api.service._admission.live == 0
 
 
 async def test_what_waits_for_a_reader_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

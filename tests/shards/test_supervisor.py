@@ -415,3 +415,16 @@ def test_any_storm_of_deaths_heals(seed: int) -> None:
     assert world.supervisor.state is GroupState.READY
     assert world.epochs == list(range(1, len(world.epochs) + 1))
     assert all(w.state == "alive" for w in world.supervisor.workers())
+
+
+def test_a_recovery_is_counted_when_the_successor_has_loaded() -> None:
+    world = World(group_spec())
+    world.settle()
+    before = {(w.role, w.index): (w.deaths, w.recoveries) for w in world.supervisor.workers()}
+    assert set(before.values()) == {(0, 0)}
+    world.die("expert-1", 1.0)
+    expert = next(w for w in world.supervisor.workers() if (w.role, w.index) == ("expert", 1))
+    assert (expert.deaths, expert.recoveries) == (1, 0)
+    world.settle()
+    after = {(w.role, w.index): (w.deaths, w.recoveries) for w in world.supervisor.workers()}
+    assert after == before | {("expert", 1): (1, 1)}
