@@ -60,7 +60,7 @@ def expert_bytes(config: ModelConfig, layer_idx: int, itemsize: int) -> int:
     return round(num_touched(config.num_experts, config.top_k, BATCH) * one * itemsize)
 
 
-def num_touched(num_experts: int, top_k: int, num_tokens: int) -> float:
+def num_touched(num_experts: int, top_k: int, num_tokens: float) -> float:
     """How many experts are expected to be chosen by at least one of `num_tokens` tokens.
 
     Each token chooses `top_k` different ones, all alike.
