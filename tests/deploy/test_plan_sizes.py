@@ -148,6 +148,17 @@ def test_counts_of_tiny_checkpoints_are_those_of_their_files(
     assert not any("the files hold" in note for note in found["notes"])
 
 
+def test_a_head_of_its_own_counts_though_the_flag_ties_it(tmp_path: Path) -> None:
+    folder = write_tiny("jamba", tmp_path)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**raw, "tie_word_embeddings": True}))
+    found = plan(str(folder), gpus_per_node=0)
+    elements = sum(prod(e["shape"]) for e in _header(folder / "model.safetensors").values())
+    assert found["model"]["parameters"] == elements
+    (note,) = [n for n in found["notes"] if "tie_word_embeddings" in n]
+    assert "lm_head.weight of its own" in note
+
+
 @pytest.mark.parametrize("name", NANO_MODELS)
 def test_counts_of_nano_checkpoints_are_those_of_their_files(name: str) -> None:
     headers = [_header(file) for file in nano_checkpoint(name).glob("*.safetensors")]
