@@ -1,4 +1,4 @@
-"""How many tokens of a step fit into one message to the experts."""
+"""How many tokens of a step are few to expert actors, and how many are too many."""
 
 from __future__ import annotations
 
@@ -12,6 +12,15 @@ if TYPE_CHECKING:
 
 _CHOICE_BYTES = 16
 """Of each row of a token: the expert chosen, its weight, where the row came from."""
+
+
+_FEW_ROWS = 64
+"""Rows that an expert computes in about the time in which its weights are read."""
+
+
+def few_tokens(config: ModelConfig) -> int:
+    """Tokens whose experts take as long, whatever part of them is asked for (`EngineLimits`)."""
+    return _FEW_ROWS * config.num_experts // config.top_k
 
 
 def check_exchange(max_num_batched_tokens: int, config: ModelConfig, itemsize: int) -> None:

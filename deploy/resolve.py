@@ -11,7 +11,7 @@ from deploy.backends import kernel_choice, missing_for_mamba_ssm
 from deploy.bundles import cpus_of_bundles
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
-from deploy.exchange_bound import check_exchange
+from deploy.exchange_bound import check_exchange, few_tokens
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
 from models.quantization_config import effective_quantization
@@ -86,7 +86,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
     name = args.served_model_name
     if name is None:
         name = args.model if args.model in NANO_MODELS else folder.name
-    # The models import torch, which takes seconds: only now that the cheap checks have passed.
+    # The models import torch, which takes seconds: the cheap checks come first.
     from deploy.served_model import load_served_model
     from shards.checkpoint import open_model
     from shards.verify import verify
@@ -177,7 +177,7 @@ def group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
         dispatch=args.dispatch,
         stage_layers=stage_layers,
         placement=placement,
-        limits=_limits(args, config, costs, lookahead=not local and len(stage_layers) == 1),
+        limits=_limits(args, config, costs, placement, lookahead=not local),
         cache_costs=costs if args.kv_cache_memory is None else (),
         threads=args.threads or 1,
         secret=secrets.token_hex(16),
@@ -245,7 +245,12 @@ def _cache_costs(
 
 
 def _limits(
-    args: ServeArgs, config: ModelConfig, costs: tuple[CacheCost, ...], *, lookahead: bool
+    args: ServeArgs,
+    config: ModelConfig,
+    costs: tuple[CacheCost, ...],
+    placement: Placement | None,
+    *,
+    lookahead: bool,
 ) -> EngineLimits:
     """With kv_cache_memory whole; without it the caches are the largest that could be of use."""
     longest = config.max_position_embeddings
@@ -265,9 +270,10 @@ def _limits(
                 reprefill_length=config.reprefill_length,
                 max_in_flight=len(costs),
                 # In one process planning and computing take turns.
-                lookahead=lookahead,
+                lookahead=lookahead and len(costs) == 1,
                 prefix_caching=args.enable_prefix_caching,
                 window=config.sliding_window,
+                few_tokens=None if placement is None else few_tokens(config),
             )
         )
     except ValueError as error:

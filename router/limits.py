@@ -29,6 +29,10 @@ class EngineLimits:
     num_snapshots: int = 0
     window: int | None = None
     """Sliding window: a token reads this many keys, its own included; None reads all."""
+    few_tokens: int | None = None
+    """With expert actors: so many tokens take them hardly longer than fewer do, for it is their
+    weights that take time. Decoding sequences up to this many take their steps together instead of
+    filling the pipeline, and a step up to it is one micro-batch. None: there are none."""
 
     def __post_init__(self) -> None:
         for name in ("block_size", "num_blocks", "max_num_seqs", "max_in_flight"):
@@ -41,6 +45,8 @@ class EngineLimits:
             raise ValueError(f"lookahead with max_in_flight={self.max_in_flight}: allowed 1")
         if self.window is not None:
             _require("window", self.window, 1)
+        if self.few_tokens is not None:
+            _require("few_tokens", self.few_tokens, 0)
         if self.reprefill_length is not None:
             _require("reprefill_length", self.reprefill_length, 1)
 

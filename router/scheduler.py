@@ -136,17 +136,32 @@ class Scheduler:
         """Mark in flight the running sequences that take part, longest idle first.
 
         With several steps in flight each gets its share of the running set, so that all stages
-        of the pipeline have work; whoever cannot grow now gives its place to the next.
+        of the pipeline have work; whoever cannot grow now gives its place to the next. Decoding
+        sequences that are `few_tokens` at most take one step all together, when all are back.
         """
-        share = -(-len(self.running) // self.limits.max_in_flight) - num_started
+        decoding = [seq for seq in self.running.values() if seq.decodes]
+        together = self._go_together(len(decoding))
+        waits = together and any(seq.num_in_flight for seq in decoding)
+        apart = len(self.running) - (len(decoding) if together else 0)
+        share = -(-apart // self.limits.max_in_flight) - num_started
         chosen: list[Sequence] = []
         for seq in sorted(self._ready(), key=lambda s: (s.last_step, s.rank)):
-            if len(chosen) == share:
-                break
+            joins = together and seq.decodes
+            if waits if joins else share <= 0:
+                continue
             if seq.status is SequenceStatus.RUNNING and self._grow(seq):
                 self._take_off(seq, step_id)
                 chosen.append(seq)
+                share -= not joins
         return chosen
+
+    def _go_together(self, num_decoding: int) -> bool:
+        limits = self.limits
+        if limits.max_in_flight == 1 or limits.few_tokens is None:
+            return False
+        # The others get one token at least.
+        fit = len(self.running) <= limits.max_num_batched_tokens
+        return num_decoding <= limits.few_tokens and fit
 
     def _grow(self, seq: Sequence) -> bool:
         """Give a running sequence the blocks of its known tokens, preempting worse ranks."""

@@ -120,6 +120,11 @@ class Sequence:
         return self.planned_length - self.num_planned
 
     @property
+    def decodes(self) -> bool:
+        """Whether its next step, or else each in flight, computes a single token."""
+        return self.num_ahead == self.num_in_flight if self.num_in_flight else self.num_pending == 1
+
+    @property
     def continues(self) -> bool:
         """Whether tokens are sampled at all; otherwise it ends when its prompt is computed."""
         return self.sampling.max_tokens > 0

@@ -189,6 +189,10 @@ class GroupLoop:
 
     def _handle(self, event: Received | Lost | None) -> None:
         if isinstance(event, Lost):
+            # It may break because the pulse's watch has just killed the worker, which knows why.
+            verdict = self.pulse.verdict(event.peer)
+            if verdict is not None:
+                self._give_up_on(*verdict)
             # Seen earlier than the launcher's report: a process may take long to end.
             self._apply(self.supervisor.on_connection_lost(event.peer, time.monotonic()))
         if not isinstance(event, Received):

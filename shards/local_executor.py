@@ -84,7 +84,6 @@ class LocalExecutor:
             self._experts,
             block_size=limits.block_size,
             dtype=self._dtype,
-            num_micro_batches=1,  # nothing to overlap: the experts run in this thread
             unused_ids=self._unused_ids,
         )
 

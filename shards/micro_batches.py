@@ -12,23 +12,16 @@ from models.kernels.program import Program
 from models.layers.rowwise import padded_rows
 from router.step import ScheduledSequence
 
-FEW_TOKENS = 16
-"""Up to here a product takes as long as one with half of the rows."""
 
-
-def split_sequences(
-    counts: Sequence[int], num_micro_batches: int, few_tokens: int = FEW_TOKENS
-) -> tuple[tuple[int, int], ...]:
+def split_sequences(counts: Sequence[int], few_tokens: int | None) -> tuple[tuple[int, int], ...]:
     """Half-open ranges of sequences with `counts` tokens each: one, or two of about equal tokens.
 
-    Up to `few_tokens` stay together: reading every weight twice would cost more than the overlap of
-    attention and experts gains.
+    Up to `few_tokens` stay together; None: any number does.
     """
     if not counts:
         return ()
-    assert num_micro_batches in (1, 2), num_micro_batches
     total = sum(counts)
-    if num_micro_batches == 1 or len(counts) == 1 or total <= few_tokens:
+    if few_tokens is None or len(counts) == 1 or total <= few_tokens:
         return ((0, len(counts)),)
     first_half = tuple(accumulate(counts))
     cut = min(range(1, len(counts)), key=lambda cut: abs(2 * first_half[cut - 1] - total))

@@ -57,8 +57,8 @@ class _MicroBatch:
 class ModelRunner:
     """Layers first..last-1 of a model and what they remember of each sequence.
 
-    `caches` has one entry per layer. With `num_micro_batches` 2, one half of a step's sequences
-    mixes while the experts work on the other; bits are the same as with 1.
+    `caches` has one entry per layer. Of a step with more than `few_tokens` one half mixes while the
+    experts work on the other; the bits are the same. None: never.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class ModelRunner:
         *,
         block_size: int,
         dtype: torch.dtype,
-        num_micro_batches: int = 2,
+        few_tokens: int | None = None,
         device: torch.device | str = "cpu",
         unused_ids: IdRanges = (),
     ) -> None:
@@ -85,7 +85,7 @@ class ModelRunner:
         self._backend = backend
         self._local = backend if isinstance(backend, LocalExpertBackend) else None
         self._block_size = block_size
-        self._num_micro_batches = num_micro_batches
+        self._few_tokens = few_tokens
         self._dtype = dtype
         self._device = device
         self._unused_ids = unused_ids
@@ -132,7 +132,7 @@ class ModelRunner:
         counts = [scheduled.num_tokens for scheduled in plan.scheduled]
         batches: list[_MicroBatch] = []
         row = 0
-        ranges = split_sequences(counts, self._num_micro_batches)
+        ranges = split_sequences(counts, self._few_tokens)
         for begin, end in ranges:
             scheduled = plan.scheduled[begin:end]
             wanted = any(self._sequences[s.seq_id].wanted != NOTHING for s in scheduled)

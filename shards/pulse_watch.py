@@ -52,6 +52,8 @@ class PulseWatch:
         """Workers that are not connected, and when to dial next."""
         self._counted: dict[str, dict[int, LayerTotals]] = {}
         """What each worker's present incarnation said last."""
+        self._verdicts: dict[str, tuple[WorkerSpec, str]] = {}
+        """The last one on each worker."""
         self._orders: list[Callable[[], None]] = []
         self._orders_lock = threading.Lock()
         self._ended = threading.Event()
@@ -81,6 +83,10 @@ class PulseWatch:
     def layer_totals(self) -> dict[int, LayerTotals]:
         """What the MoE exchanges of all workers have cost since these started. Thread-safe."""
         return sum_by_layer(list(self._counted.values()))
+
+    def verdict(self, peer: str) -> tuple[WorkerSpec, str] | None:
+        """Which incarnation was given up last, and why: known before it is killed. Thread-safe."""
+        return self._verdicts.get(peer)
 
     def _order(self, order: Callable[[], None]) -> None:
         with self._orders_lock:
@@ -157,5 +163,6 @@ class PulseWatch:
         """Kill it here and now where that is possible; elsewhere the launcher must."""
         watched = self._watched[peer]
         self._drop(peer)
+        self._verdicts[peer] = watched.spec, reason
         kill(watched.started.pid, watched.started.birth)
         self._condemned(watched.spec, reason)

@@ -213,6 +213,7 @@ def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -
             backend,
             block_size=limits.block_size,
             dtype=dtype,
+            few_tokens=limits.few_tokens,
             unused_ids=group.unused_token_ids,
         )
 

@@ -9,7 +9,9 @@ from router.limits import EngineLimits
 Fields = dict[str, int]
 
 
-steps = st.integers(1, 3).map(lambda n: {"max_in_flight": n}) | st.just({"lookahead": True})
+steps = st.fixed_dictionaries(
+    {"max_in_flight": st.integers(1, 3), "few_tokens": st.none() | st.integers(0, 4)}
+) | st.just({"lookahead": True})
 
 
 @st.composite

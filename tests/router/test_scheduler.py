@@ -199,6 +199,25 @@ def test_the_running_set_is_spread_over_the_pipeline(num_seqs: int, max_in_fligh
     assert max(emitted.values()) - min(emitted.values()) <= 2
 
 
+@pytest.mark.parametrize(("num_seqs", "sizes"), [(2, [2]), (6, [6]), (7, [3, 4])])
+def test_few_decoding_sequences_go_together(num_seqs: int, sizes: list[int]) -> None:
+    """Wherever they began; a long prompt meanwhile fills the pipeline and holds nobody up."""
+    loop = Loop(replace(LIMITS, max_in_flight=2, few_tokens=6, max_num_batched_tokens=24))
+    emitted = {loop.admit(4, max_tokens=100): 0 for _ in range(num_seqs)}
+    for turn in range(40):
+        if turn == 20:
+            emitted[loop.admit(100, max_tokens=1)] = 0
+        loop.fill()
+        if 10 < turn < 20 or turn > 35:
+            assert sorted(len(plan.scheduled) for plan in loop.plans) == sizes
+        for token in loop.drain():
+            emitted[token.seq_id] += 1
+    *decoding, last = emitted.values()
+    assert last == 1
+    assert min(decoding) >= (30 if len(sizes) == 1 else 18), "a turn ends one step"
+    assert max(decoding) - min(decoding) <= 3
+
+
 def test_lockstep_sequences_spread_out_again() -> None:
     loop = Loop(replace(LIMITS, max_in_flight=2))
     for num_arriving in (1, 3):

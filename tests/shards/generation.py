@@ -82,7 +82,7 @@ class Chain:
         limits: EngineLimits,
         stages: Iterable[tuple[int, int]],
         *,
-        num_micro_batches: int = 1,
+        few_tokens: int | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         config = load_config(folder)
@@ -105,7 +105,7 @@ class Chain:
                 LocalExpertBackend(bank, config.num_experts),
                 block_size=limits.block_size,
                 dtype=dtype,
-                num_micro_batches=num_micro_batches,
+                few_tokens=few_tokens,
             )
             for first, last in stages
         ]

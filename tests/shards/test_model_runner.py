@@ -43,13 +43,13 @@ def test_stages_and_micro_batches_keep_the_bits(
     admits = [greedy(i, prompt, 18) for i, prompt in enumerate(prompts)]
     whole, _ = generate(local(folder, limits, dtype), limits, admits)
     num_layers = load_config(folder).num_layers
-    for cuts, num_micro_batches in (
-        ([(0, num_layers)], 2),
-        ([(0, 1), (1, num_layers)], 1),
-        ([(0, 2), (2, num_layers)], 2),
-        ([(i, i + 1) for i in range(num_layers)], 2),
+    for cuts, few_tokens in (
+        ([(0, num_layers)], 16),
+        ([(0, 1), (1, num_layers)], None),
+        ([(0, 2), (2, num_layers)], 0),
+        ([(i, i + 1) for i in range(num_layers)], 16),
     ):
-        chain = Chain(folder, limits, cuts, num_micro_batches=num_micro_batches, dtype=dtype)
+        chain = Chain(folder, limits, cuts, few_tokens=few_tokens, dtype=dtype)
         tokens, _ = generate(chain, limits, admits)
         assert tokens == whole, cuts
 
@@ -160,15 +160,15 @@ def test_a_plan_without_tokens_runs(folders: dict[str, Path]) -> None:
 
 
 def test_splits_are_whole_sequences_of_about_equal_tokens() -> None:
-    assert split_sequences([], 2, 8) == ()
-    assert split_sequences([5, 5], 1, 8) == ((0, 2),)
-    assert split_sequences([500], 2, 8) == ((0, 1),)
-    assert split_sequences([4, 4], 2, 8) == ((0, 2),)
-    assert split_sequences([4, 4, 1], 2, 8) == ((0, 1), (1, 3))
-    assert split_sequences([4, 4, 1], 2, 16) == ((0, 3),)
-    assert split_sequences([100, 1, 1], 2, 8) == ((0, 1), (1, 3))
-    assert split_sequences([1, 1, 100], 2, 8) == ((0, 2), (2, 3))
-    assert split_sequences([1] * 20, 2, 8) == ((0, 10), (10, 20))
+    assert split_sequences([], 8) == ()
+    assert split_sequences([5, 5], None) == ((0, 2),)
+    assert split_sequences([500], 8) == ((0, 1),)
+    assert split_sequences([4, 4], 8) == ((0, 2),)
+    assert split_sequences([4, 4, 1], 8) == ((0, 1), (1, 3))
+    assert split_sequences([4, 4, 1], 16) == ((0, 3),)
+    assert split_sequences([100, 1, 1], 8) == ((0, 1), (1, 3))
+    assert split_sequences([1, 1, 100], 8) == ((0, 2), (2, 3))
+    assert split_sequences([1] * 20, 8) == ((0, 10), (10, 20))
 
 
 def test_packing_by_hand() -> None:
