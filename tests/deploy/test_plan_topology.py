@@ -14,6 +14,8 @@ from deploy.plan import make_plan
 from deploy.plan_model import planned_model
 from deploy.plan_options import PlanArgs
 from deploy.resolve import bundle_cpus, resolve
+from shards.cache_budget import plan_caches
+from shards.control import Started
 from shards.partition import layer_ranges_text
 from shards.spec import worker_specs
 
@@ -182,6 +184,22 @@ def test_a_node_without_gpus_needs_memory_for_everything() -> None:
     tight = plan("nano-jamba", **options, node_memory=needed - 1)
     assert not tight["fits"]
     assert len(tight["reasons"]) == 1
+
+
+def test_a_node_has_room_for_the_caches_that_serving_gives_itself() -> None:
+    """Caches of a thousand sequences are far larger than anything else here."""
+    asked = {"max_num_seqs": 1000, "max_model_len": 512, "max_num_batched_tokens": 16}
+    found = plan(
+        "nano-dbrx", gpus_per_node=0, concurrency=1000, context=512, max_num_batched_tokens=16
+    )
+    spec = resolve(parse_args({"model": "nano-dbrx", **asked})).spec
+    memory = [actor["memory"] for actor in found["actors"]]
+    loaded = sum(part["process"] + part["weights"] for part in memory)
+    free = found["nodes"][0]["cpu_memory_bytes"] - loaded
+    block = spec.cache_costs[0].block_bytes
+    for missing, blocks in ((0, spec.limits.num_blocks), (2 * block, spec.limits.num_blocks - 1)):
+        started = Started(address="", pid=1, node_id="", free_bytes=free - missing)
+        assert plan_caches(spec, {"engine-0": started}).limits.num_blocks == blocks
 
 
 @pytest.mark.parametrize(
