@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
+from deploy.bundles import cpus_of_bundles
 from deploy.resolve import ResolvedArgs
 
 
 def bundle_cpus(resolved: ResolvedArgs) -> list[float]:
-    """CPUs of each bundle of a replica's placement group.
-
-    Bundle 0 holds ingress, engine and dispatcher; every other actor has its own.
-    """
-    spec, each = resolved.spec, resolved.cpus_per_actor
-    if spec.executor == "local":
-        return [round(2 * each, 4)]
-    in_first = 3 if spec.num_expert_shards else 2
-    others = len(spec.stage_layers) + spec.num_expert_shards
-    return [round(in_first * each, 4)] + [each] * others
+    """CPUs of each bundle of a replica's placement group."""
+    return cpus_of_bundles(resolved.spec, resolved.cpus_per_actor)
 
 
 def num_cpus(resolved: ResolvedArgs) -> float:

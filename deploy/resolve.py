@@ -14,6 +14,7 @@ from deploy.exchange_bound import check_exchange, few_tokens
 from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
+from models.quantization_config import effective_quantization
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.cache_budget import (
@@ -24,6 +25,7 @@ from shards.cache_budget import (
     size_text,
     total_cost,
 )
+from shards.cache_bytes import block_bytes, slot_bytes
 from shards.spec import CacheCost, GroupSpec
 
 if TYPE_CHECKING:
@@ -133,7 +135,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         num_experts=config.num_experts,
         facts=model_facts(config),
         spec=replace(
-            _group_spec(args, folder, config),
+            group_spec(args, folder, config),
             unused_token_ids=_unused_token_ids(served),
             kernels=kernels,
         ),
@@ -163,7 +165,11 @@ def _unused_token_ids(served: ServedModel) -> IdRanges:
     return served.tokenizer.unused_ranges(served.vocab_size)
 
 
-def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+def group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+    """Actors, layers, experts and caches of one model instance, by its configuration alone.
+
+    Raises ConfigError.
+    """
     executor = _executor(args)
     local = executor == "local"
     dtype = config.dtype_name if args.dtype == "auto" else args.dtype
@@ -192,8 +198,6 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
 
 
 def _quantization(args: ServeArgs, config: ModelConfig) -> str:
-    from shards.quantization import effective_quantization
-
     try:
         return effective_quantization(args.quantization, config)
     except ValueError as error:
@@ -239,8 +243,6 @@ def _cache_costs(
     args: ServeArgs, config: ModelConfig, dtype: str, stage_layers: IdRanges
 ) -> tuple[CacheCost, ...]:
     """What the layers of each stage remember."""
-    from shards.kv_cache import block_bytes, slot_bytes
-
     size = itemsize(dtype)
     return tuple(
         CacheCost(
