@@ -14,7 +14,7 @@ from models.registry import load_config
 from router.engine import EngineCore
 from router.limits import EngineLimits
 from router.step import Admit, SamplingParams, StepPlan
-from shards.kv_cache import block_bytes
+from shards.cache_bytes import block_bytes
 from shards.local_executor import LocalExecutor
 
 BLOCK_SIZE = 16

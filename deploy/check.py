@@ -12,6 +12,7 @@ from rich.text import Text
 
 from deploy.config import parse_args
 from deploy.printable import printable
+from deploy.ranges import ranges_text
 from deploy.resolve import ResolvedArgs, model_folder, resolve
 from deploy.served_model import ServedModel, load_served_model
 
@@ -67,21 +68,10 @@ def _load_table(loads: Sequence[WorkerLoad]) -> Table:
     total = sum(load.num_bytes for load in loads)
     table.add_column("bytes", f"{total:,}", justify="right")
     for load in loads:
-        layers = _ranges(range(*load.layers)) if load.layers else ""
+        layers = ranges_text(range(*load.layers)) if load.layers else ""
         actor = f"{load.role}-{load.index}"
-        table.add_row(actor, layers, _ranges(load.experts), f"{load.num_bytes:,}")
+        table.add_row(actor, layers, ranges_text(load.experts), f"{load.num_bytes:,}")
     return table
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers such as 0, 1, 2, 5 as `0-2, 5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _table(resolved: ResolvedArgs, served: ServedModel, folder: Path, config: ModelConfig) -> Table:

@@ -1,4 +1,4 @@
-"""`conclave serve | check | quantize | demo`.
+"""`conclave serve | check | plan | quantize | demo`.
 
 Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted.
 """
@@ -155,6 +155,57 @@ def check(
     from deploy.check import check_model
 
     sys.exit(check_model(given))
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Checkpoint, nano model or published name.")],
+    nodes: Annotated[str | None, _option("--nodes", help="Machines; default 1.")] = None,
+    gpus_per_node: Annotated[
+        str | None, _option("--gpus-per-node", help="Default 8; 0 plans for CPUs.")
+    ] = None,
+    gpu_memory: Annotated[str | None, _option("--gpu-memory", help="Default 80GiB.")] = None,
+    node_memory: Annotated[
+        str | None, _option("--node-memory", help="Of a CPU node; default: what it takes.")
+    ] = None,
+    memory_bandwidth: Annotated[
+        str | None, _option("--memory-bandwidth", help="Bytes/s of a device, such as 3.35TB.")
+    ] = None,
+    tflops: Annotated[str | None, _option("--tflops", help="TFLOP/s of a device.")] = None,
+    context: Annotated[str | None, _option("--context", help="Tokens per sequence.")] = None,
+    concurrency: Annotated[
+        str | None, _option("--concurrency", help="Sequences at once; default 32.")
+    ] = None,
+    max_num_batched_tokens: Annotated[
+        str | None, _option("--max-num-batched-tokens", help="Tokens per step.")
+    ] = None,
+    dtype: Annotated[
+        str | None, _option("--dtype", help="auto, float32, bfloat16, float16.")
+    ] = None,
+    quantization: Annotated[
+        str | None, _option("--quantization", help="none, int8 (experts), int8-all.")
+    ] = None,
+    stages: Annotated[str | None, _option("--stages", help="Default: chosen.")] = None,
+    stage_layers: Annotated[
+        str | None, _option("--stage-layers", help="Layers of each, such as 0-8,9-17,18-31.")
+    ] = None,
+    expert_shards: Annotated[
+        str | None, _option("--expert-shards", help="Default: chosen.")
+    ] = None,
+    expert_replicas: Annotated[
+        str | None, _option("--expert-replicas", help="Copies of each expert.")
+    ] = None,
+    dispatch: Annotated[str | None, _option("--dispatch", help="actor, direct.")] = None,
+    layout: Annotated[
+        str | None, _option("--layout", help="auto, colocated, disaggregated.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Place a model on machines: memory per actor, bytes per token, bounds; 1: no room."""
+    given = {key: value for key, value in locals().items() if value is not None and key != "json"}
+    from deploy.plan import plan_model
+
+    sys.exit(plan_model(given, as_json=json))
 
 
 @app.command()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
@@ -65,6 +66,7 @@ def _our_name(value: object) -> object:
 
 
 PositiveInt = Annotated[int, Field(ge=1)]
+Options = TypeVar("Options", bound=BaseModel)
 
 
 class ServeArgs(BaseModel):
@@ -153,10 +155,16 @@ _AVAILABLE: dict[str, tuple[object, ...]] = {
 
 def parse_args(options: Mapping[str, Any]) -> ServeArgs:
     """Check names, types and availability of options; values may be strings. Raises ConfigError."""
+    return parse_options(ServeArgs, options)
+
+
+def parse_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
+    """The same for the options of any command. Raises ConfigError."""
     try:
-        return ServeArgs(**{str(key): value for key, value in options.items()})
+        return kind(**{str(key): value for key, value in options.items()})
     except ValidationError as error:
-        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+        fields = kind.model_fields
+        raise ConfigError(_sentence(error.errors(include_url=False)[0], fields)) from None
 
 
 def _refusal(key: str, value: object, allowed: tuple[object, ...], why: str = "") -> str:
@@ -181,16 +189,16 @@ _ALLOWED = {
 }
 
 
-def _sentence(error: ErrorDetails) -> str:
+def _sentence(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
     if not error["loc"]:
         return error["msg"].removeprefix("Value error, ")
     key = str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return f"unknown option {key}: allowed options are {', '.join(ServeArgs.model_fields)}"
+        return f"unknown option {key}: allowed options are {', '.join(fields)}"
     if error["type"] == "missing":
         return f"{key} is missing: allowed values are a checkpoint folder or a nano model's name"
     if error["type"] == "literal_error":
-        return _refusal(key, error["input"], get_args(ServeArgs.model_fields[key].annotation))
+        return _refusal(key, error["input"], get_args(fields[key].annotation))
     if error["type"] in _ALLOWED:
         allowed = _ALLOWED[error["type"]].format(**error.get("ctx", {}))
         return f"{key}={error['input']}: allowed values are {allowed}"

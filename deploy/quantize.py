@@ -15,10 +15,9 @@ from rich.progress import Progress
 from deploy.config import ConfigError
 from deploy.printable import printable
 from deploy.resolve import model_folder
-from models.quantization_config import QUANTIZATIONS, quantization_config
+from models.quantization_config import QUANTIZATIONS, effective_quantization, quantization_config
 from shards.checkpoint import open_model
 from shards.checkpoint_writer import PlannedTensor, write_checkpoint
-from shards.quantization import effective_quantization
 from shards.quantized_checkpoint import plan_quantized
 from shards.verify import verify
 

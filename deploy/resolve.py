@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.backends import kernel_choice, missing_for_mamba_ssm
+from deploy.bundles import cpus_of_bundles
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.exchange_bound import check_exchange
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
+from models.quantization_config import effective_quantization
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
 from shards.cache_budget import (
@@ -23,6 +25,7 @@ from shards.cache_budget import (
     size_text,
     total_cost,
 )
+from shards.cache_bytes import block_bytes, slot_bytes
 from shards.spec import CacheCost, GroupSpec
 
 if TYPE_CHECKING:
@@ -110,7 +113,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         num_experts=config.num_experts,
         facts=model_facts(config),
         spec=replace(
-            _group_spec(args, folder, config),
+            group_spec(args, folder, config),
             unused_token_ids=_unused_token_ids(served),
             kernels=kernels,
         ),
@@ -144,16 +147,8 @@ def _backend_warnings(config: ModelConfig) -> tuple[str, ...]:
 
 
 def bundle_cpus(resolved: ResolvedArgs) -> list[float]:
-    """CPUs of each bundle of a replica's placement group.
-
-    Bundle 0 holds ingress, engine and dispatcher; every other actor has its own.
-    """
-    spec, each = resolved.spec, resolved.cpus_per_actor
-    if spec.executor == "local":
-        return [round(2 * each, 4)]
-    in_first = 3 if spec.num_expert_shards else 2
-    others = len(spec.stage_layers) + spec.num_expert_shards
-    return [round(in_first * each, 4)] + [each] * others
+    """CPUs of each bundle of a replica's placement group."""
+    return cpus_of_bundles(resolved.spec, resolved.cpus_per_actor)
 
 
 def num_cpus(resolved: ResolvedArgs) -> float:
@@ -161,7 +156,11 @@ def num_cpus(resolved: ResolvedArgs) -> float:
     return resolved.max_replicas * sum(bundle_cpus(resolved))
 
 
-def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+def group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec:
+    """Actors, layers, experts and caches of one model instance, by its configuration alone.
+
+    Raises ConfigError.
+    """
     executor = _executor(args)
     local = executor == "local"
     dtype = config.dtype_name if args.dtype == "auto" else args.dtype
@@ -190,8 +189,6 @@ def _group_spec(args: ServeArgs, folder: Path, config: ModelConfig) -> GroupSpec
 
 
 def _quantization(args: ServeArgs, config: ModelConfig) -> str:
-    from shards.quantization import effective_quantization
-
     try:
         return effective_quantization(args.quantization, config)
     except ValueError as error:
@@ -237,8 +234,6 @@ def _cache_costs(
     args: ServeArgs, config: ModelConfig, dtype: str, stage_layers: IdRanges
 ) -> tuple[CacheCost, ...]:
     """What the layers of each stage remember."""
-    from shards.kv_cache import block_bytes, slot_bytes
-
     size = itemsize(dtype)
     return tuple(
         CacheCost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from deploy.config import ConfigError, ServeArgs
+from shards.layer_costs import layer_costs
 from shards.partition import LayerRanges, layer_ranges_text, partition_layers
 
 if TYPE_CHECKING:
@@ -28,8 +29,6 @@ def split_layers(
     args: ServeArgs, config: ModelConfig, itemsize: int, quantization: str
 ) -> LayerRanges:
     """The layers of each stage, as asked for or balanced. Raises ConfigError."""
-    from shards.layer_costs import layer_costs
-
     stages, asked = num_stages(args), args.stage_layers
     if asked is None:
         num_shards = args.expert_shards or 1

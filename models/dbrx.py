@@ -6,32 +6,26 @@ from another place, see `rope_theta` below.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from models.activation_names import ACTIVATION_NAMES
 from models.checkpoint_map import whole
 from models.common_keys import notes, refuse_other_kinds
 from models.config_fields import ConfigError, Fields, check_kv_heads, head_width, rope_kind
-from models.dbrx_layer import NORM_EPS, DbrxLayer, layer_tensors
 from models.interface import (
     CacheShape,
     Classifier,
-    ExpertWeights,
     TensorSlice,
     TensorSource,
 )
-from models.layers.activation import ACTIVATIONS
-from models.layers.attention import PagedAttention
-from models.layers.moe import expert_rows
-from models.layers.norm import layer_norm
-from models.layers.rope import RotaryEmbedding
-from models.layers.stage import Stage
 from models.quantization_config import stored_quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.layers.stage import Stage
 
 # Of training; widths that Transformers keeps twice; a loss weight that it never reads.
 _WITHOUT_EFFECT = frozenset(
@@ -104,7 +98,7 @@ class DbrxConfig:
             num_experts=experts,
             top_k=top_k,
             expert_weight_norm=_expert_weight_norm(ffn),
-            activation=ffn.section("ffn_act_fn").choice("name", "silu", tuple(ACTIVATIONS)),
+            activation=ffn.section("ffn_act_fn").choice("name", "silu", ACTIVATION_NAMES),
             moe_loss_weight=ffn.number("moe_loss_weight", 0.01),
             dtype_name=fields.dtype_name(),
             quantization=stored_quantization(fields),
@@ -156,27 +150,41 @@ class DbrxConfig:
         """Keys and values of every layer."""
         return CacheShape(kind="kv", num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
-    def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
-        """Bytes of one layer without its experts."""
-        return itemsize * sum(prod(s.shape) for s in layer_tensors(self, layer_idx).values())
+    @property
+    def quantizable(self) -> frozenset[str]:
+        """The attention projections."""
+        return frozenset({"qkv", "out"})
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, TensorSlice]:
+        """One layer's parameters by its own names, without routed experts."""
+        hidden = self.hidden_size
+        qkv_rows = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
+        prefix = f"transformer.blocks.{layer_idx}."
+        attn = prefix + "norm_attn_norm."
+        return {
+            "norm_1": whole(attn + "norm_1.weight", (hidden,)),
+            "qkv": whole(attn + "attn.Wqkv.weight", (qkv_rows, hidden)),
+            "out": whole(attn + "attn.out_proj.weight", (hidden, hidden)),
+            "norm_2": whole(attn + "norm_2.weight", (hidden,)),
+            "gate": whole(prefix + "ffn.router.layer.weight", (self.num_experts, hidden)),
+        }
+
+    def embedding_tensor(self) -> TensorSlice:
+        """The token table [V, D]."""
+        return whole("transformer.wte.weight", (self.vocab_size, self.hidden_size))
+
+    def head_tensors(self) -> dict[str, TensorSlice]:
+        """The final norm and the LM head."""
+        return {
+            "norm": whole("transformer.norm_f.weight", (self.hidden_size,)),
+            "lm_head": whole("lm_head.weight", (self.vocab_size, self.hidden_size)),
+        }
 
     def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
         """Layers first..last-1, without weights."""
-        attention = PagedAttention(
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
-        rope = RotaryEmbedding(self.head_dim, self.rope_theta, dtype)
-        table = (self.vocab_size, self.hidden_size)
-        head = {
-            "norm": whole("transformer.norm_f.weight", (self.hidden_size,)),
-            "lm_head": whole("lm_head.weight", table),
-        }
-        return Stage(
-            layers=[DbrxLayer(self, i, attention, rope) for i in range(first, last)],
-            embedding=whole("transformer.wte.weight", table) if first == 0 else None,
-            head=head if last == self.num_layers else {},
-            final_norm=lambda x, weights: layer_norm(x, weights["norm"], None, NORM_EPS),
-        )
+        from models.dbrx_layer import build_stage
+
+        return build_stage(self, first, last, dtype)
 
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
         """Rows of the three stacked matrices, or mlx's three matrices of each expert.
@@ -197,10 +205,6 @@ class DbrxConfig:
             "up": matrix("v1", (width, hidden)),
             "down": matrix("w2", (hidden, width), turned=True),
         }
-
-    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
-        """Experts over their rows, [n, D] → [n, D]."""
-        return expert_rows(x, groups, ACTIVATIONS[self.activation])
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Rotary buffers that old conversions saved."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from models.checkpoint_map import whole
 from models.gate import Gate
 from models.interface import (
     BatchMeta,
@@ -18,7 +18,9 @@ from models.interface import (
 from models.layers.attention import PagedAttention
 from models.layers.attention_mix import AttentionMix
 from models.layers.moe import route
+from models.layers.norm import layer_norm
 from models.layers.rope import RotaryEmbedding
+from models.layers.stage import Stage
 
 if TYPE_CHECKING:
     from models.dbrx import DbrxConfig
@@ -27,31 +29,30 @@ if TYPE_CHECKING:
 NORM_EPS = 1e-5
 
 
-def layer_tensors(config: DbrxConfig, layer_idx: int) -> dict[str, TensorSlice]:
-    """One layer's parameters by its own names, without routed experts."""
-    hidden = config.hidden_size
-    qkv_rows = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    prefix = f"transformer.blocks.{layer_idx}."
-    attn = prefix + "norm_attn_norm."
-    return {
-        "norm_1": whole(attn + "norm_1.weight", (hidden,)),
-        "qkv": whole(attn + "attn.Wqkv.weight", (qkv_rows, hidden)),
-        "out": whole(attn + "attn.out_proj.weight", (hidden, hidden)),
-        "norm_2": whole(attn + "norm_2.weight", (hidden,)),
-        "gate": whole(prefix + "ffn.router.layer.weight", (config.num_experts, hidden)),
-    }
+def build_stage(config: DbrxConfig, first: int, last: int, dtype: torch.dtype) -> Stage:
+    """Layers first..last-1, without weights."""
+    attention = PagedAttention(
+        num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim
+    )
+    rope = RotaryEmbedding(config.head_dim, config.rope_theta, dtype)
+    return Stage(
+        layers=[DbrxLayer(config, i, attention, rope) for i in range(first, last)],
+        embedding=config.embedding_tensor() if first == 0 else None,
+        head=config.head_tensors() if last == config.num_layers else {},
+        final_norm=lambda x, weights: layer_norm(x, weights["norm"], None, NORM_EPS),
+    )
 
 
 class DbrxLayer:
     """One DBRX block without its experts."""
 
     is_moe = True
-    quantizable = frozenset({"qkv", "out"})
 
     def __init__(
         self, config: DbrxConfig, layer_idx: int, attention: PagedAttention, rope: RotaryEmbedding
     ) -> None:
         self.layer_idx = layer_idx
+        self.quantizable = config.quantizable
         self._config = config
         self._mix = AttentionMix(
             attention,
@@ -84,7 +85,7 @@ class DbrxLayer:
 
     def tensors(self) -> dict[str, TensorSlice]:
         """The layer's parameters and where they are read from."""
-        return layer_tensors(self._config, self.layer_idx)
+        return self._config.layer_tensors(self.layer_idx)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`."""

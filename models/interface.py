@@ -1,16 +1,22 @@
-"""What a family gives and what it is given: the seam between `models` and `shards`."""
+"""What a family gives and what it is given: the seam between `models` and `shards`.
+
+Importing this or a family's configuration does not import torch, which takes seconds: what only
+counts and places parameters does without.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from models.gate import Gate
-from models.kernels.program import Program
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from models.kernels.program import Program
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +246,7 @@ class ModelConfig(Protocol):
     def top_k(self) -> int: ...
     @property
     def activation(self) -> str:
-        """The experts' activation, a name of `models.layers.activation.ACTIVATIONS`."""
+        """The experts' activation, one of ACTIVATION_NAMES."""
 
     @property
     def max_position_embeddings(self) -> int: ...
@@ -284,20 +290,24 @@ class ModelConfig(Protocol):
 
     def is_moe_layer(self, layer_idx: int) -> bool: ...
     def cache_shape(self, layer_idx: int) -> CacheShape: ...
-    def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
-        """Parameter bytes of one layer without its routed experts, to balance stages."""
+    @property
+    def quantizable(self) -> frozenset[str]:
+        """Names of `layer_tensors` that may be int8: attention projections, dense FFN linears."""
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, TensorSlice]:
+        """One layer's parameters by its own names, without routed experts."""
+
+    def embedding_tensor(self) -> TensorSlice:
+        """The table [V, D] that the first stage reads rows of."""
+
+    def head_tensors(self) -> dict[str, TensorSlice]:
+        """What the last stage holds besides its layers: the final norm and the heads."""
 
     def build_stage(self, first: int, last: int, dtype: torch.dtype) -> StageModel:
         """Layers first..last-1; embedding when first == 0, head when last == num_layers."""
 
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
         """`gate`, `up`, `down` of one routed expert."""
-
-    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
-        """Some experts over n rows, [n, D] → [n, D], unweighted; a row's bits are its own.
-
-        `groups` says whose the rows are: so many of the first expert, then of the second, ...
-        """
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Checkpoint tensors that are known to be redundant (rotary buffers, a tied head)."""

@@ -5,13 +5,9 @@ The reference is Transformers' torch path, single full forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from models.checkpoint_map import expert_matrices, whole
 from models.common_keys import notes, refuse_other_kinds
@@ -20,17 +16,15 @@ from models.heads import Heads
 from models.interface import (
     CacheShape,
     Classifier,
-    ExpertWeights,
     TensorSlice,
 )
-from models.jamba_layer import JambaLayer, layer_tensors
-from models.layers.activation import silu
-from models.layers.attention import PagedAttention
-from models.layers.mamba import SelectiveState
-from models.layers.moe import expert_rows
-from models.layers.norm import rms_norm
-from models.layers.stage import Stage
+from models.jamba_tensors import layer_tensors
 from models.quantization_config import stored_quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.layers.stage import Stage
 
 # Of AI21's first code, and Transformers' choices among equal implementations.
 _WITHOUT_EFFECT = frozenset(
@@ -193,28 +187,31 @@ class JambaConfig:
             ssm_shape=(self.mamba_width, self.mamba_state),
         )
 
-    def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
-        """Bytes of one layer without its routed experts."""
-        return itemsize * sum(prod(s.shape) for s in layer_tensors(self, layer_idx).values())
+    @property
+    def quantizable(self) -> frozenset[str]:
+        """Attention projections and dense FFNs; nothing inside the Mamba mixer."""
+        return frozenset({"qkv", "o", "gate_proj", "up_proj", "down_proj"})
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, TensorSlice]:
+        """One layer's parameters by its own names, without routed experts."""
+        return layer_tensors(self, layer_idx)
+
+    def embedding_tensor(self) -> TensorSlice:
+        """The token table [V, D]."""
+        return whole("model.embed_tokens.weight", (self.vocab_size, self.hidden_size))
+
+    def head_tensors(self) -> dict[str, TensorSlice]:
+        """The final norm and the heads."""
+        return {
+            "norm": whole("model.final_layernorm.weight", (self.hidden_size,)),
+            **self.ending.tensors((self.vocab_size, self.hidden_size)),
+        }
 
     def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
         """Layers first..last-1, without weights."""
-        attention = PagedAttention(
-            num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim
-        )
-        state = SelectiveState(self.mamba_kernel)
-        eps = self.norm_eps
-        table = (self.vocab_size, self.hidden_size)
-        head = {
-            "norm": whole("model.final_layernorm.weight", (self.hidden_size,)),
-            **self.ending.tensors(table),
-        }
-        return Stage(
-            layers=[JambaLayer(self, i, attention, state) for i in range(first, last)],
-            embedding=whole("model.embed_tokens.weight", table) if first == 0 else None,
-            head=head if last == self.num_layers else {},
-            final_norm=lambda x, weights: rms_norm(x, weights["norm"], eps),
-        )
+        from models.jamba_layer import build_stage
+
+        return build_stage(self, first, last)
 
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
         """`gate`, `up` and `down` of one routed expert."""
@@ -222,10 +219,6 @@ class JambaConfig:
         gate, up, down = (f"{experts}{expert}.{n}_proj.weight" for n in ("gate", "up", "down"))
         shape = (self.expert_width, self.hidden_size)
         return expert_matrices(expert, shape, hub=(gate, up, down), fused_prefix=experts)
-
-    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
-        """Experts over their rows, [n, D] → [n, D]."""
-        return expert_rows(x, groups, silu)
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Jamba files hold nothing redundant."""

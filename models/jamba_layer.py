@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from models.checkpoint_map import stacked, whole
 from models.gate import Gate
 from models.interface import (
     BatchMeta,
@@ -16,73 +15,51 @@ from models.interface import (
     StateCache,
     TensorSlice,
 )
-from models.jamba_mixer import MambaMix, mixer_tensors
+from models.jamba_mixer import MambaMix
+from models.jamba_tensors import MIXER, NORMS
 from models.kernels.whole_moe import WholeDense
 from models.layers.activation import silu
 from models.layers.attention import PagedAttention
 from models.layers.attention_mix import AttentionMix
 from models.layers.mamba import SelectiveState
 from models.layers.moe import feed_forward, route, routed_kernels
+from models.layers.norm import rms_norm
+from models.layers.stage import Stage
 
 if TYPE_CHECKING:
     from models.jamba import JambaConfig
 
-_NORMS = ("input_layernorm", "pre_ff_layernorm")
-_MIXER = "mamba."
 
-
-def layer_tensors(config: JambaConfig, layer_idx: int) -> dict[str, TensorSlice]:
-    """One layer's parameters by its own names, without routed experts."""
-    hidden, width = config.hidden_size, config.expert_width
-    prefix = f"model.layers.{layer_idx}."
-    tensors = {n: whole(f"{prefix}{n}.weight", (hidden,)) for n in _NORMS}
-    if config.is_attention_layer(layer_idx):
-        kv_rows = config.num_kv_heads * config.head_dim
-        q_rows = config.num_heads * config.head_dim
-        attn, rows = prefix + "self_attn.", {"q": q_rows, "k": kv_rows, "v": kv_rows}
-        tensors["qkv"] = stacked(
-            *(whole(f"{attn}{name}_proj.weight", (count, hidden)) for name, count in rows.items())
-        )
-        tensors["o"] = whole(f"{attn}o_proj.weight", (hidden, q_rows))
-    else:
-        mixer = mixer_tensors(
-            f"{prefix}mamba.",
-            hidden=hidden,
-            inner=config.mamba_width,
-            state=config.mamba_state,
-            kernel=config.mamba_kernel,
-            rank=config.mamba_rank,
-            conv_bias=config.mamba_conv_bias,
-            proj_bias=config.mamba_proj_bias,
-        )
-        tensors.update({f"{_MIXER}{name}": part for name, part in mixer.items()})
-    ffn = f"{prefix}feed_forward."
-    if config.is_moe_layer(layer_idx):
-        tensors["gate"] = whole(f"{ffn}router.weight", (config.num_experts, hidden))
-    else:
-        tensors["gate_proj"] = whole(f"{ffn}gate_proj.weight", (width, hidden))
-        tensors["up_proj"] = whole(f"{ffn}up_proj.weight", (width, hidden))
-        tensors["down_proj"] = whole(f"{ffn}down_proj.weight", (hidden, width))
-    return tensors
+def build_stage(config: JambaConfig, first: int, last: int) -> Stage:
+    """Layers first..last-1, without weights."""
+    attention = PagedAttention(
+        num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim
+    )
+    state = SelectiveState(config.mamba_kernel)
+    eps = config.norm_eps
+    return Stage(
+        layers=[JambaLayer(config, i, attention, state) for i in range(first, last)],
+        embedding=config.embedding_tensor() if first == 0 else None,
+        head=config.head_tensors() if last == config.num_layers else {},
+        final_norm=lambda x, weights: rms_norm(x, weights["norm"], eps),
+    )
 
 
 class JambaLayer:
     """One Jamba layer without its routed experts."""
-
-    quantizable = frozenset({"qkv", "o", "gate_proj", "up_proj", "down_proj"})
-    """Nothing inside the Mamba mixer."""
 
     def __init__(
         self, config: JambaConfig, layer_idx: int, attention: PagedAttention, state: SelectiveState
     ) -> None:
         self.layer_idx = layer_idx
         self.is_moe = config.is_moe_layer(layer_idx)
+        self.quantizable = config.quantizable
         self._config = config
         self._attend = AttentionMix(
             attention,
             None,  # no positional encoding
             projection="o",
-            norms=_NORMS,
+            norms=NORMS,
             norm_eps=config.norm_eps,
             is_rms=True,
         )
@@ -121,15 +98,15 @@ class JambaLayer:
 
     def tensors(self) -> dict[str, TensorSlice]:
         """The layer's parameters and where they are read from."""
-        return layer_tensors(self._config, self.layer_idx)
+        return self._config.layer_tensors(self.layer_idx)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`."""
         parts = dict(weights)
         if "qkv" not in parts:
-            names = [name for name in parts if name.startswith(_MIXER)]
-            mixer = {name.removeprefix(_MIXER): parts.pop(name) for name in names}
-            norms = parts[_NORMS[0]], parts[_NORMS[1]]
+            names = [name for name in parts if name.startswith(MIXER)]
+            mixer = {name.removeprefix(MIXER): parts.pop(name) for name in names}
+            norms = parts[NORMS[0]], parts[NORMS[1]]
             self._mixer = MambaMix(mixer, norms, self._state, self._config.norm_eps)
         if not self.is_moe:
             self._whole_dense = None

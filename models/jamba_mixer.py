@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.checkpoint_map import whole
-from models.interface import BatchMeta, StateCache, TensorSlice
+from models.interface import BatchMeta, StateCache
 from models.kernels.native import native_kernels_together
 from models.kernels.scan import MAX_STATES, MAX_TAPS, ScanWeights
 from models.kernels.whole import MambaMixer, Norm
@@ -15,39 +14,6 @@ from models.layers.norm import add_rms_norm, rms_norm, rms_norm_parts
 from models.layers.rowwise import linear
 
 _KERNELS = ("linear", "convolution", "scan", "rms_norm")
-
-
-def mixer_tensors(
-    prefix: str,
-    *,
-    hidden: int,
-    inner: int,
-    state: int,
-    kernel: int,
-    rank: int,
-    conv_bias: bool,
-    proj_bias: bool,
-) -> dict[str, TensorSlice]:
-    """The mixer's parameters below `prefix`."""
-    shapes: dict[str, tuple[int, ...]] = {
-        "in_proj.weight": (2 * inner, hidden),
-        "conv1d.weight": (inner, 1, kernel),
-        "x_proj.weight": (rank + 2 * state, inner),
-        "dt_proj.weight": (inner, rank),
-        "dt_proj.bias": (inner,),
-        "A_log": (inner, state),
-        "D": (inner,),
-        "out_proj.weight": (hidden, inner),
-        "dt_layernorm.weight": (rank,),
-        "b_layernorm.weight": (state,),
-        "c_layernorm.weight": (state,),
-    }
-    if conv_bias:
-        shapes["conv1d.bias"] = (inner,)
-    if proj_bias:
-        shapes["in_proj.bias"] = (2 * inner,)
-        shapes["out_proj.bias"] = (hidden,)
-    return {name: whole(prefix + name, shape) for name, shape in shapes.items()}
 
 
 class MambaMix:

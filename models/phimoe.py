@@ -5,32 +5,27 @@ The reference is Microsoft's own code as kept by Transformers 4 for a single ful
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from models.checkpoint_map import expert_matrices, whole
+from models.activation_names import ACTIVATION_NAMES
+from models.checkpoint_map import expert_matrices, stacked, whole
 from models.common_keys import notes, refuse_other_kinds
 from models.config_fields import Fields, check_kv_heads, head_width, rope_kind
 from models.heads import Heads
 from models.interface import (
     CacheShape,
     Classifier,
-    ExpertWeights,
     TensorSlice,
 )
-from models.layers.activation import ACTIVATIONS
-from models.layers.attention import PagedAttention
-from models.layers.moe import expert_rows
-from models.layers.norm import layer_norm
-from models.layers.rope import LongRope, RotaryEmbedding
-from models.layers.stage import Stage
-from models.phimoe_layer import PhimoeLayer, layer_tensors
+from models.long_rope import LongRope
 from models.quantization_config import stored_quantization
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.layers.stage import Stage
 
 _DEFAULT_ROPE_THETA = 1_000_000.0
 
@@ -111,7 +106,7 @@ class PhimoeConfig:
             expert_width=fields.integer("intermediate_size", 6400),
             # The second of SparseMixer's two picks has no meaning among one expert.
             num_experts=fields.integer(experts_key, 16, minimum=2),
-            activation=fields.choice("hidden_act", "silu", tuple(ACTIVATIONS)),
+            activation=fields.choice("hidden_act", "silu", ACTIVATION_NAMES),
             router_jitter_noise=fields.number("router_jitter_noise", 0.01),
             norm_eps=fields.number("rms_norm_eps", 1e-5),
             ending=Heads.parse(
@@ -172,33 +167,56 @@ class PhimoeConfig:
         """Keys and values of every layer."""
         return CacheShape(kind="kv", num_kv_heads=self.num_kv_heads, head_dim=self.head_dim)
 
-    def layer_bytes(self, layer_idx: int, itemsize: int) -> int:
-        """Bytes of one layer without its experts."""
-        return itemsize * sum(prod(s.shape) for s in layer_tensors(self, layer_idx).values())
+    @property
+    def quantizable(self) -> frozenset[str]:
+        """The attention projections."""
+        return frozenset({"qkv", "o"})
 
-    def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
-        """Layers first..last-1, without weights."""
-        attention = PagedAttention(
-            num_heads=self.num_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            window=self.sliding_window,
+    def layer_tensors(self, layer_idx: int) -> dict[str, TensorSlice]:
+        """One layer's parameters by its own names, without routed experts."""
+        hidden = self.hidden_size
+        q_rows, kv_rows = (n * self.head_dim for n in (self.num_heads, self.num_kv_heads))
+        prefix = f"model.layers.{layer_idx}."
+        tensors = {
+            "gate": whole(
+                f"{prefix}block_sparse_moe.gate.weight",
+                (self.num_experts, hidden),
+                f"{prefix}mlp.router.weight",
+            )
+        }
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[norm] = whole(f"{prefix}{norm}.weight", (hidden,))
+            tensors[f"{norm}_bias"] = whole(f"{prefix}{norm}.bias", (hidden,))
+        rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
+        attn = prefix + "self_attn."
+        tensors["qkv"] = stacked(
+            *(whole(f"{attn}{name}_proj.weight", (count, hidden)) for name, count in rows.items())
         )
-        rope = RotaryEmbedding(self.head_dim, self.rope_theta, dtype, self.long_rope)
-        eps, table = self.norm_eps, (self.vocab_size, self.hidden_size)
-        return Stage(
-            layers=[PhimoeLayer(self, i, attention, rope) for i in range(first, last)],
-            embedding=whole("model.embed_tokens.weight", table) if first == 0 else None,
-            head=self._head_tensors() if last == self.num_layers else {},
-            final_norm=lambda x, w: layer_norm(x, w["norm"], w["norm_bias"], eps),
-        )
+        tensors["o"] = whole(f"{attn}o_proj.weight", (hidden, q_rows))
+        if self.attention_bias:
+            tensors["qkv_bias"] = stacked(
+                *(whole(f"{attn}{name}_proj.bias", (count,)) for name, count in rows.items())
+            )
+            tensors["o_bias"] = whole(f"{attn}o_proj.bias", (hidden,))
+        return tensors
 
-    def _head_tensors(self) -> dict[str, TensorSlice]:
+    def embedding_tensor(self) -> TensorSlice:
+        """The token table [V, D]."""
+        return whole("model.embed_tokens.weight", (self.vocab_size, self.hidden_size))
+
+    def head_tensors(self) -> dict[str, TensorSlice]:
+        """The final norm and the heads."""
         return {
             "norm": whole("model.norm.weight", (self.hidden_size,)),
             "norm_bias": whole("model.norm.bias", (self.hidden_size,)),
             **self.ending.tensors((self.vocab_size, self.hidden_size)),
         }
+
+    def build_stage(self, first: int, last: int, dtype: torch.dtype) -> Stage:
+        """Layers first..last-1, without weights."""
+        from models.phimoe_layer import build_stage
+
+        return build_stage(self, first, last, dtype)
 
     def expert_tensors(self, layer_idx: int, expert: int) -> dict[str, TensorSlice]:
         """`gate`, `up` and `down` of one routed expert."""
@@ -210,10 +228,6 @@ class PhimoeConfig:
             hub=(f"{hub}w1.weight", f"{hub}w3.weight", f"{hub}w2.weight"),
             fused_prefix=f"{layer}mlp.experts.",
         )
-
-    def expert_forward(self, x: Tensor, groups: Sequence[tuple[ExpertWeights, int]]) -> Tensor:
-        """Experts over their rows, [n, D] → [n, D]."""
-        return expert_rows(x, groups, ACTIVATIONS[self.activation])
 
     def ignored_tensors(self, names: Iterable[str]) -> set[str]:
         """Rotary buffers that old conversions saved."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from models.checkpoint_map import stacked, whole
 from models.gate import Gate
 from models.interface import (
     BatchMeta,
@@ -18,51 +18,42 @@ from models.interface import (
 from models.layers.attention import PagedAttention
 from models.layers.attention_mix import AttentionMix
 from models.layers.moe import route
+from models.layers.norm import layer_norm
 from models.layers.rope import RotaryEmbedding
+from models.layers.stage import Stage
 
 if TYPE_CHECKING:
     from models.phimoe import PhimoeConfig
 
 
-def layer_tensors(config: PhimoeConfig, layer_idx: int) -> dict[str, TensorSlice]:
-    """One layer's parameters by its own names, without routed experts."""
-    hidden = config.hidden_size
-    q_rows, kv_rows = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-    prefix = f"model.layers.{layer_idx}."
-    tensors = {
-        "gate": whole(
-            f"{prefix}block_sparse_moe.gate.weight",
-            (config.num_experts, hidden),
-            f"{prefix}mlp.router.weight",
-        )
-    }
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        tensors[norm] = whole(f"{prefix}{norm}.weight", (hidden,))
-        tensors[f"{norm}_bias"] = whole(f"{prefix}{norm}.bias", (hidden,))
-    rows = {"q": q_rows, "k": kv_rows, "v": kv_rows}
-    attn = prefix + "self_attn."
-    tensors["qkv"] = stacked(
-        *(whole(f"{attn}{name}_proj.weight", (count, hidden)) for name, count in rows.items())
+def build_stage(config: PhimoeConfig, first: int, last: int, dtype: torch.dtype) -> Stage:
+    """Layers first..last-1, without weights."""
+    attention = PagedAttention(
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        window=config.sliding_window,
     )
-    tensors["o"] = whole(f"{attn}o_proj.weight", (hidden, q_rows))
-    if config.attention_bias:
-        tensors["qkv_bias"] = stacked(
-            *(whole(f"{attn}{name}_proj.bias", (count,)) for name, count in rows.items())
-        )
-        tensors["o_bias"] = whole(f"{attn}o_proj.bias", (hidden,))
-    return tensors
+    rope = RotaryEmbedding(config.head_dim, config.rope_theta, dtype, config.long_rope)
+    eps = config.norm_eps
+    return Stage(
+        layers=[PhimoeLayer(config, i, attention, rope) for i in range(first, last)],
+        embedding=config.embedding_tensor() if first == 0 else None,
+        head=config.head_tensors() if last == config.num_layers else {},
+        final_norm=lambda x, w: layer_norm(x, w["norm"], w["norm_bias"], eps),
+    )
 
 
 class PhimoeLayer:
     """One PhiMoE layer without its experts."""
 
     is_moe = True
-    quantizable = frozenset({"qkv", "o"})
 
     def __init__(
         self, config: PhimoeConfig, layer_idx: int, attention: PagedAttention, rope: RotaryEmbedding
     ) -> None:
         self.layer_idx = layer_idx
+        self.quantizable = config.quantizable
         self._config = config
         self._mix = AttentionMix(
             attention,
@@ -94,7 +85,7 @@ class PhimoeLayer:
 
     def tensors(self) -> dict[str, TensorSlice]:
         """The layer's parameters and where they are read from."""
-        return layer_tensors(self._config, self.layer_idx)
+        return self._config.layer_tensors(self.layer_idx)
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take the parameters named by `tensors()`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from models.config_fields import Fields
+from models.interface import ModelConfig
 
 QUANTIZATIONS = ("none", "int8", "int8-all")
 """Nothing; the routed experts; attention projections and dense FFN linears as well."""
@@ -27,3 +28,22 @@ def stored_quantization(fields: Fields) -> str:
     if not stored.has("quantization"):
         raise stored.error("quantization", "one of " + ", ".join(QUANTIZATIONS[1:]))
     return stored.choice("quantization", "", QUANTIZATIONS[1:])
+
+
+def effective_quantization(asked: str, config: ModelConfig) -> str:
+    """What is served when `asked` meets what the checkpoint's files hold already.
+
+    `none` serves the files as they are. ValueError when `asked` cannot be had.
+    """
+    stored = config.quantization
+    if stored != "none" and asked not in ("none", stored):
+        raise ValueError(
+            f"quantization={asked}: the checkpoint is quantised already; "
+            f"allowed values are none, {stored}"
+        )
+    if asked == "int8" and not any(map(config.is_moe_layer, range(config.num_layers))):
+        raise ValueError(
+            "quantization=int8: no layer of this model has routed experts; "
+            "allowed values are none, int8-all"
+        )
+    return asked if stored == "none" else stored

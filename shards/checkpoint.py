@@ -16,10 +16,15 @@ from models.registry import load_config
 from router.transport.tensors import tensor_buffer
 from shards.load_progress import OnRead
 from shards.pages import Arena
-from shards.safetensors_file import StoredTensor, opened, read_exactly, read_header
+from shards.safetensors_file import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    StoredTensor,
+    opened,
+    read_exactly,
+    read_header,
+)
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from router.transport.tensors import tensor_buffer
-from shards.checkpoint import INDEX_FILE
+from shards.safetensors_file import INDEX_FILE
 
 _SPELLINGS = {
     torch.float64: "F64",

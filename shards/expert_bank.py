@@ -12,7 +12,7 @@ from models.kernels.program import Program
 from models.kernels.routed import RoutedExperts
 from models.kernels.whole_moe import WholeMoe
 from models.layers.activation import ACTIVATIONS
-from models.layers.moe import moe_kernels, routed_kernels
+from models.layers.moe import expert_rows, moe_kernels, routed_kernels
 
 
 class ExpertBank:
@@ -23,6 +23,7 @@ class ExpertBank:
     ) -> None:
         """`weights` is keyed (layer_idx, expert)."""
         self._config = config
+        self._activation = ACTIVATIONS[config.activation]
         self._weights = dict(weights)
         self._routed: dict[int, RoutedExperts] = {}
         self._whole: dict[int, WholeMoe] = {}
@@ -58,14 +59,14 @@ class ExpertBank:
         """
         groups = [(self._weights[layer_idx, expert], count) for expert, count in pairs]
         assert sum(count for _, count in pairs) == len(rows), (pairs, rows.shape)
-        return self._config.expert_forward(rows, groups)
+        return expert_rows(rows, groups, self._activation)
 
     def routed(self, layer_idx: int, x: Tensor, routing: Routing) -> Tensor | None:
         """Σ weight · expert(x) over the slots of each token of x [T, D], in their order: [T, D].
 
         None where no kernel does it in one call. The bank holds every expert.
         """
-        kernels = routed_kernels(x, ACTIVATIONS[self._config.activation])
+        kernels = routed_kernels(x, self._activation)
         if kernels is None:
             return None
         experts = self._experts_of(layer_idx)
@@ -78,7 +79,7 @@ class ExpertBank:
 
         None where no kernel does it in one call.
         """
-        kernels = moe_kernels(h, gate, ACTIVATIONS[self._config.activation])
+        kernels = moe_kernels(h, gate, self._activation)
         if kernels is None:
             return None
         whole = self._whole.get(layer_idx)

@@ -11,9 +11,6 @@ from models.interface import CacheShape, KVCache, LayerCache, ModelConfig, State
 from router.step import StateOp, StateOpKind
 from shards.pages import map_pages
 
-_SSM_ITEMSIZE = 4
-"""Recurrent SSM state is float32 whatever the model's dtype (Mamba reference)."""
-
 
 def allocate_caches(
     config: ModelConfig,
@@ -58,15 +55,3 @@ def apply_state_ops(caches: Sequence[LayerCache], ops: Iterable[StateOp]) -> Non
                     tensor[op.target].zero_()
                 else:
                     tensor[op.target].copy_(tensor[op.source])
-
-
-def block_bytes(config: ModelConfig, layers: Iterable[int], block_size: int, itemsize: int) -> int:
-    """Bytes that one KV block takes over `layers`; 0 when none of them has attention."""
-    shapes = (config.cache_shape(layer) for layer in layers)
-    return sum(2 * block_size * s.num_kv_heads * s.head_dim * itemsize for s in shapes)
-
-
-def slot_bytes(config: ModelConfig, layers: Iterable[int], itemsize: int) -> int:
-    """Bytes that one recurrent-state slot takes over `layers`; 0 when none is recurrent."""
-    shapes = (config.cache_shape(layer) for layer in layers)
-    return sum(prod(s.conv_shape) * itemsize + prod(s.ssm_shape) * _SSM_ITEMSIZE for s in shapes)

@@ -7,11 +7,8 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
-
 from models.interface import ModelConfig
-from shards.kv_cache import block_bytes, slot_bytes
-from shards.quantization import int8_parameters
+from shards.cache_bytes import block_bytes, slot_bytes
 
 BATCH = 16
 CONTEXT = 1024
@@ -41,14 +38,11 @@ def layer_costs(
 
 def weight_bytes(config: ModelConfig, layer_idx: int, itemsize: int, quantization: str) -> int:
     """The layer's own weights, which every step reads whole."""
-    plain = config.layer_bytes(layer_idx, itemsize)
-    if quantization == "none":
-        return plain
-    with torch.device("meta"):  # only shapes are wanted, no memory
-        stage = config.build_stage(layer_idx, layer_idx + 1, torch.float32)
-    tensors = stage.tensors()
-    int8 = sum(prod(tensors[name].shape) for name in int8_parameters(stage, quantization))
-    return plain - int8 * (itemsize - 1)
+    int8 = config.quantizable if quantization == "int8-all" else frozenset()
+    return sum(
+        prod(part.shape) * (1 if name in int8 else itemsize)
+        for name, part in config.layer_tensors(layer_idx).items()
+    )
 
 
 def cache_bytes(config: ModelConfig, layer_idx: int, itemsize: int) -> int:
@@ -66,7 +60,7 @@ def expert_bytes(config: ModelConfig, layer_idx: int, itemsize: int) -> int:
     return round(num_touched(config.num_experts, config.top_k, BATCH) * one * itemsize)
 
 
-def num_touched(num_experts: int, top_k: int, num_tokens: int) -> float:
+def num_touched(num_experts: int, top_k: int, num_tokens: float) -> float:
     """How many experts are expected to be chosen by at least one of `num_tokens` tokens.
 
     Each token chooses `top_k` different ones, all alike.

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from models.interface import ExpertWeights, ModelConfig, StageModel, TensorSlice
+from models.quantization_config import effective_quantization
 from shards.checkpoint import Checkpoint, CheckpointError
 from shards.expert_bank import ExpertBank
 from shards.pages import Arena
 from shards.quantization import (
-    effective_quantization,
     int8_parameters,
     quantize_rows,
     scale_name,

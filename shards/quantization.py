@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.interface import ModelConfig, StageModel, TensorSlice, TensorSource
+from models.interface import StageModel, TensorSlice, TensorSource
 
 _LARGEST = 127
 _CHUNK_ELEMENTS = 1 << 19
@@ -65,22 +65,3 @@ def _scale_source(source: TensorSource, matrix: TensorSlice) -> TensorSource:
     if source.transpose and source.start is not None:
         return TensorSource(name, index=source.start // matrix.shape[1])
     return TensorSource(name, source.start, source.stop, source.index)
-
-
-def effective_quantization(asked: str, config: ModelConfig) -> str:
-    """What is served when `asked` meets what the checkpoint's files hold already.
-
-    `none` serves the files as they are. ValueError when `asked` cannot be had.
-    """
-    stored = config.quantization
-    if stored != "none" and asked not in ("none", stored):
-        raise ValueError(
-            f"quantization={asked}: the checkpoint is quantised already; "
-            f"allowed values are none, {stored}"
-        )
-    if asked == "int8" and not any(map(config.is_moe_layer, range(config.num_layers))):
-        raise ValueError(
-            "quantization=int8: no layer of this model has routed experts; "
-            "allowed values are none, int8-all"
-        )
-    return asked if stored == "none" else stored

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 _LENGTH_BYTES = 8
 """The header's length comes first, little-endian."""
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -11,24 +9,11 @@ from models.interface import BatchMeta
 from models.kernels import rowops
 from models.kernels.native import native_kernels
 from models.layers.batch_memo import BatchMemo
+from models.long_rope import LongRope
 
 # Tables grow by whole chunks at absolute positions, so that an entry never depends on when it was
 # first needed.
 _CHUNK = 1024
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LongRope:
-    """LongRoPE: per-frequency divisors and a multiplier of cos and sin, for two regimes.
-
-    A sequence of more than `original_max_position_embeddings` tokens is in the long regime.
-    """
-
-    short_factor: tuple[float, ...]
-    long_factor: tuple[float, ...]
-    short_mscale: float
-    long_mscale: float
-    original_max_position_embeddings: int
 
 
 class _RotaryTable:

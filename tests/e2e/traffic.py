@@ -10,8 +10,8 @@ from typing import Any
 from deploy.demo import nano_checkpoint
 from models.registry import load_config
 from router.step import SamplingParams
+from shards.cache_bytes import block_bytes, slot_bytes
 from shards.group import ModelGroup
-from shards.kv_cache import block_bytes, slot_bytes
 from tests.groups import Answer, ask, running_group
 
 Request = tuple[tuple[int, ...], SamplingParams]

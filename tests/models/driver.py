@@ -21,6 +21,8 @@ from models.interface import (
     StateCache,
     TensorSlice,
 )
+from models.layers.activation import ACTIVATIONS
+from models.layers.moe import expert_rows
 from models.layers.rowwise import padded_rows
 from models.registry import load_config
 
@@ -187,7 +189,8 @@ class Served:
         for expert in ids.unique().tolist():
             rows, slots = torch.nonzero(ids == expert, as_tuple=True)
             weights = self.experts[layer, expert]
-            results[rows, slots] = self.config.expert_forward(h[rows], [(weights, len(rows))])
+            act = ACTIVATIONS[self.config.activation]
+            results[rows, slots] = expert_rows(h[rows], [(weights, len(rows))], act)
         total = torch.zeros(num_tokens, h.shape[1])
         for slot in range(ids.shape[1]):
             weight = routing.weights[:num_tokens, slot, None].float()

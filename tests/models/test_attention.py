@@ -14,7 +14,8 @@ from torch import Tensor
 from models.interface import BatchMeta, KVCache
 from models.kernels.native import use_kernels
 from models.layers.attention import PagedAttention
-from models.layers.rope import LongRope, RotaryEmbedding
+from models.layers.rope import RotaryEmbedding
+from models.long_rope import LongRope
 
 NUM_BLOCKS = 160
 

@@ -16,8 +16,9 @@ from models.layers.attention import PagedAttention
 from models.layers.mamba import Selection, SelectiveState
 from models.layers.moe import expert_rows, softmax_top_k, sparse_mixer
 from models.layers.norm import layer_norm, rms_norm
-from models.layers.rope import LongRope, RotaryEmbedding
+from models.layers.rope import RotaryEmbedding
 from models.layers.rowwise import linear, row_tile
+from models.long_rope import LongRope
 from tests.models.test_attention import meta_of
 from tests.models.test_bit_stability import DTYPES, alone, randn
 

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
 from transformers import DbrxConfig, JambaConfig, PhimoeConfig
 
+from models.activation_names import ACTIVATION_NAMES
 from models.dbrx import DbrxConfig as OurDbrx
+from models.interface import ModelConfig
 from models.jamba import JambaConfig as OurJamba
+from models.layers.activation import ACTIVATIONS
 from models.phimoe import PhimoeConfig as OurPhimoe
 from models.registry import ConfigError, load_config, parse_config
 
@@ -23,6 +29,10 @@ LONGROPE = {
     "long_mscale": 1.5,
 }
 PHIMOE = {"model_type": "phimoe", "hidden_size": 32, "num_attention_heads": 4}
+
+
+def _layer_parameters(config: ModelConfig, layer_idx: int) -> int:
+    return sum(prod(part.shape) for part in config.layer_tensors(layer_idx).values())
 
 
 def dbrx(**keys: Any) -> OurDbrx:
@@ -129,7 +139,7 @@ def test_published_dbrx() -> None:
     assert config.aux_loss_coef == 0.01
     assert (config.clip_qkv, config.rope_theta, config.dtype_name) == (8.0, 500000.0, "bfloat16")
     assert config.expert_weight_norm == 1.0
-    assert config.layer_bytes(0, 1) == 88_190_976
+    assert _layer_parameters(config, 0) == 88_190_976
     expert = sum(p.shape[0] * p.shape[1] for p in config.expert_tensors(0, 0).values())
     assert expert == 198_180_864
 
@@ -155,7 +165,7 @@ def test_published_phimoe(geometry: tuple[Any, ...], layer: int, expert: int) ->
     )  # fmt: skip
     assert config.notes == ()
     # The table counts the gate with the layer.
-    assert config.layer_bytes(0, 1) == layer
+    assert _layer_parameters(config, 0) == layer
     parts = config.expert_tensors(0, 0).values()
     assert sum(p.shape[0] * p.shape[1] for p in parts) == expert
 
@@ -172,8 +182,8 @@ def test_published_jamba() -> None:
     attention = [i for i in range(72) if config.is_attention_layer(i)]
     assert attention == [4, 12, 20, 28, 36, 44, 52, 60, 68]
     norms, router, dense = 2 * 8192, 16 * 8192, 3 * 8192 * 24576
-    assert config.layer_bytes(4, 1) == 150_994_944 + norms + dense
-    assert config.layer_bytes(1, 1) == 420_332_064 + norms + router
+    assert _layer_parameters(config, 4) == 150_994_944 + norms + dense
+    assert _layer_parameters(config, 1) == 420_332_064 + norms + router
 
 
 def test_dbrx_rope_base_precedence() -> None:
@@ -279,3 +289,19 @@ def test_a_stage_names_what_it_was_not_given() -> None:
         stage.load({**weights, "layers.0.o": torch.zeros(3, 3)})
     with pytest.raises(ValueError, match="surplus does not belong"):
         stage.load({**weights, "surplus": torch.zeros(1)})
+
+
+def test_reading_a_configuration_needs_no_torch() -> None:
+    program = """
+import sys
+from models.registry import parse_config
+for family in ("dbrx", "phimoe", "jamba"):
+    config = parse_config({"model_type": family})
+    config.layer_tensors(0), config.expert_tensors(0, 0), config.head_tensors()
+sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_activation_that_is_named_is_there() -> None:
+    assert set(ACTIVATION_NAMES) == ACTIVATIONS.keys()

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from models.gate import Gate
 from models.interface import BatchMeta, ExpertWeights, KVCache, StateCache
-from models.jamba_mixer import MambaMix, mixer_tensors
+from models.jamba_mixer import MambaMix
+from models.jamba_tensors import mixer_tensors
 from models.kernels.native import use_kernels
 from models.kernels.routed import RoutedExperts
 from models.kernels.whole_moe import WholeDense, WholeMoe

@@ -11,7 +11,7 @@ import torch
 
 from models.registry import load_config
 from router.step import SamplingParams
-from shards.kv_cache import block_bytes, slot_bytes
+from shards.cache_bytes import block_bytes, slot_bytes
 from tests.groups import Answer, ask, ask_all, running_group
 from tests.models.driver import tokens_of
 from tests.parity.cases import case

@@ -11,12 +11,8 @@ import torch
 from models.interface import KVCache, LayerCache, StateCache
 from models.registry import load_config
 from router.step import StateOp, StateOpKind
-from shards.kv_cache import (
-    allocate_caches,
-    apply_state_ops,
-    block_bytes,
-    slot_bytes,
-)
+from shards.cache_bytes import block_bytes, slot_bytes
+from shards.kv_cache import allocate_caches, apply_state_ops
 from tests.tiny import FAMILIES, write_tiny
 
 

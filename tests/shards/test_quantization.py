@@ -20,11 +20,12 @@ from benchmarks.quantization import all_logits, kl_per_token, load_dialogues
 from models.interface import TensorSlice
 from models.layers.rowwise import linear, row_tile
 from models.layers.stage import Stage
+from models.quantization_config import effective_quantization
 from models.registry import ConfigError, load_config, parse_config
 from router.step import SamplingParams
 from shards.checkpoint import Checkpoint, CheckpointError
 from shards.loading import load_experts, load_stage
-from shards.quantization import effective_quantization, quantize_rows
+from shards.quantization import quantize_rows
 from tests.groups import ask_all, running_group
 from tests.shards.int8_oracle import output_dim, spread_channels, write_round_trip
 from tests.tiny import FAMILIES, VOCAB_SIZE, load_reference, reference_logits, write_tiny
