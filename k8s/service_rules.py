@@ -162,7 +162,7 @@ def gpus_wanted(args: Document) -> int:
         return 0
     apart = args.get("layout", "colocated") == "disaggregated"
     each = int(args.get("stages", 1)) + (int(args.get("expert_shards", 1)) if apart else 0)
-    return each * int(args.get("max_replicas", args.get("min_replicas", 1)))
+    return each * int(args.get("max_replicas") or args.get("min_replicas") or 1)
 
 
 def serve_config_is_ours(service: Document) -> Iterator[str]:
