@@ -136,7 +136,7 @@ BREAKS: list[tuple[str, Change, str]] = [
     ),
     (
         "shared_memory_is_counted",
-        lambda found: worker(found)["volumes"][0]["emptyDir"].update(sizeLimit="900Gi"),
+        lambda found: worker(found)["volumes"][0]["emptyDir"].update(sizeLimit="29Gi"),
         "more than half",
     ),
     ("ports_have_names", lambda found: head_ray(found)["ports"].pop(), "dash-metrics"),
