@@ -18,7 +18,7 @@ INGRESS = "ingress"
 _PROCESS_BYTES = 300 * 2**20
 """A Python process with torch and Ray: an idle actor was measured at 278 MB."""
 _GPU_PROCESS_BYTES = 3 * 2**30
-"""The same with CUDA's libraries and a context."""
+"""The same with CUDA's libraries and a context: an estimate."""
 _WIDE = 4
 """Bytes of an element of an intermediate result: some are float32 whatever the dtype."""
 

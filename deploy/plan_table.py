@@ -14,6 +14,9 @@ from deploy.printable import printable
 from deploy.ranges import ranges_text
 from shards.cache_budget import size_text
 
+_SHOWN = 4
+"""Reasons that are printed; others are counted."""
+
 
 def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     """Print the object that `plan_report.report` makes."""
@@ -25,8 +28,10 @@ def print_plan(console: Console, plan: Mapping[str, Any]) -> None:
     if plan["fits"]:
         _line(console, "fits")
         return
-    for reason in plan["reasons"]:
+    for reason in plan["reasons"][:_SHOWN]:
         _line(console, f"does not fit: {reason}")
+    if plan["reasons"][_SHOWN:]:
+        _line(console, f"does not fit: {len(plan['reasons']) - _SHOWN} more like these")
     if not plan["alternatives"]:
         _line(console, "nothing near these machines and options fits")
     for number, other in enumerate(plan["alternatives"]):
@@ -113,7 +118,7 @@ def _actors(plan: Mapping[str, Any]) -> Table:
         table.add_row(
             actor["name"],
             _place(actor),
-            f"{layers[0]}-{layers[1] - 1}" if layers else "",
+            ranges_text(range(*layers)) if layers else "",
             ranges_text(actor["experts"]),
             *(f"{num_bytes / size:,.1f}" if num_bytes else "" for num_bytes in sizes),
         )

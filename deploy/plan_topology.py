@@ -50,7 +50,7 @@ class Topology:
     bundle_cpus: tuple[float, ...]
     reasons: tuple[str, ...]
     excess: int
-    """Bytes that are missing on all devices together."""
+    """Bytes that the fullest device lacks."""
 
     @property
     def num_nodes(self) -> int:
@@ -146,7 +146,7 @@ def _shortages(
             reasons.append(
                 f"node {node} needs {size_text(needed)}, but has {size_text(machines.node_memory)}"
             )
-            excess += needed - machines.node_memory
+            excess = max(excess, needed - machines.node_memory)
     return reasons, excess
 
 
@@ -168,5 +168,5 @@ def _gpu_shortages(
                 f"{size_text(machines.usable_gpu_memory)} of its "
                 f"{size_text(machines.gpu_memory)} can be used"
             )
-            excess += needed - machines.usable_gpu_memory
+            excess = max(excess, needed - machines.usable_gpu_memory)
     return reasons, excess

@@ -65,4 +65,5 @@ def num_touched(num_experts: int, top_k: int, num_tokens: float) -> float:
 
     Each token chooses `top_k` different ones, all alike.
     """
-    return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)
+    missed: float = (1 - top_k / num_experts) ** num_tokens
+    return num_experts * (1 - missed)

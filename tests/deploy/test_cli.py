@@ -25,7 +25,7 @@ def conclave(*args: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("args", "word"),
     [
-        (["plan", "nano-dbrx"], "plan"),
+        (["fly", "nano-dbrx"], "fly"),
         (["serve"], "model"),
         (["serve", "nano-dbrx", "nano-jamba"], "nano-dbrx nano-jamba"),
         (["serve", "nano-dbrx", "--frobnicate"], "--frobnicate"),
