@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,7 +129,7 @@ def test_the_model_is_where_the_weights_are_mounted(name: str) -> None:
 def test_the_linter_is_a_command(tmp_path: Path) -> None:
     bad = tmp_path / "bad.yaml"
     bad.write_text("apiVersion: v1\nkind: ConfigMap\nmetadata: {name: x}\ndatas: {}\n")
-    command = ["python", "-m", "k8s.lint", str(RENDERED / "nano.yaml"), str(bad)]
+    command = [sys.executable, "-m", "k8s.lint", str(RENDERED / "nano.yaml"), str(bad)]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": "."}
     )
