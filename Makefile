@@ -20,6 +20,8 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint k8s/Dockerfile
+	$(BIN)/python -m k8s.lint k8s/rendered k8s/cluster k8s/weights
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from deploy.api_keys import with_environment_key
 from deploy.config import parse_args
 from deploy.ingress import Ingress
 from deploy.reservation import bundle_cpus
@@ -24,7 +25,7 @@ def build(args: dict[str, Any]) -> Application:
 
     Everything is checked before a weight is read. Raises ConfigError.
     """
-    return application(resolve(parse_args(args)))
+    return application(resolve(parse_args(with_environment_key(args))))
 
 
 def application(resolved: ResolvedArgs) -> Application:

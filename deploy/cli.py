@@ -5,7 +5,6 @@ Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy.api_keys import with_environment_key
 from deploy.config import ConfigError, parse_args
 from deploy.printable import printable
 
@@ -166,9 +166,7 @@ def serve(
         raise ConfigError(f"model={' '.join(model)}: allowed values are one MODEL per server")
     options = _read_config(config) | {k: v for k, v in given.items() if v is not None and v != []}
     options["model"] = model[0]
-    if not options.get("api_key") and os.environ.get("CONCLAVE_API_KEY"):
-        options["api_key"] = [os.environ["CONCLAVE_API_KEY"]]
-    args = parse_args(options)
+    args = parse_args(with_environment_key(options))
 
     from deploy.resolve import model_folder
     from deploy.server import serve_forever

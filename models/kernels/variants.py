@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from models.kernels.prebuilt import prebuilt
+
 _SOURCES = Path(__file__).parent
 _CPU_FILE = Path("/proc/cpuinfo")
 # Without contraction a sum is rounded where the source says so, whatever the compiler inlines.
@@ -84,14 +86,42 @@ def load(variant: Variant) -> ctypes.CDLL:
 
 
 def build(variant: Variant) -> Path:
-    """Path of the variant's library in the cache. Raises KernelsUnavailable."""
+    """Path of the variant's library: prebuilt, or in the cache. Raises KernelsUnavailable."""
+    if (ready := prebuilt(_prebuilt_name(variant))) is not None:
+        return ready
+    command = _command(variant)
+    # A compiler that was replaced has another size or time; asking for its version takes longer.
+    compiler = os.stat(command[0])
+    made_by = repr((command, compiler.st_size, compiler.st_mtime_ns))
+    target = cache_folder() / f"{variant.name}-{_digest(made_by)}.so"
+    if not _is_ours(target, stat.S_ISREG):
+        _compile_to(command, target)
+    return target
+
+
+def build_into(variant: Variant, folder: Path) -> Path:
+    """Compile for machines without a compiler, whichever processor this one has.
+
+    Raises KernelsUnavailable.
+    """
+    target = folder / _prebuilt_name(variant)
+    _compile_to(_command(variant), target)
+    target.chmod(0o644)
+    return target
+
+
+def _prebuilt_name(variant: Variant) -> str:
+    return f"{variant.name}-{_digest(repr((*_FLAGS, *variant.flags)))}.so"
+
+
+def _command(variant: Variant) -> list[str]:
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if compiler is None:
         raise KernelsUnavailable("there is no C compiler (cc)")
-    command = [compiler, *_FLAGS, *variant.flags]
-    target = cache_folder() / f"{variant.name}-{_digest(command)}.so"
-    if _is_ours(target, stat.S_ISREG):
-        return target
+    return [compiler, *_FLAGS, *variant.flags]
+
+
+def _compile_to(command: list[str], target: Path) -> None:
     handle, unfinished = tempfile.mkstemp(dir=target.parent, suffix=".unfinished")
     os.close(handle)
     try:
@@ -99,7 +129,6 @@ def build(variant: Variant) -> Path:
         os.replace(unfinished, target)
     finally:
         Path(unfinished).unlink(missing_ok=True)
-    return target
 
 
 def _compile_all(command: list[str], target: str) -> None:
@@ -161,14 +190,12 @@ def _is_ours(path: Path, is_kind: Callable[[int], bool]) -> bool:
     return is_kind(found.st_mode) and found.st_uid == os.geteuid() and not shared
 
 
-def _digest(command: list[str]) -> str:
-    """Of everything that decides the library's bytes."""
+def _digest(made_by: str) -> str:
+    """Of the sources, and of what makes a library of them."""
     digest = hashlib.sha256()
     for path in sorted([*_SOURCES.glob("*.c"), *_SOURCES.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    # A compiler that was replaced has another size or time; asking for its version takes longer.
-    compiler = os.stat(command[0])
-    digest.update(repr((command, compiler.st_size, compiler.st_mtime_ns)).encode())
+    digest.update(made_by.encode())
     return digest.hexdigest()[:32]
 
 
