@@ -38,7 +38,7 @@ def decode_json(raw: bytes) -> object:
         raise ApiError(f"the request body is not valid JSON: {error}") from None
     except ValueError:  # Python's own bound on digits
         raise ApiError("the request body holds an integer with too many digits") from None
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(value):
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(value):
         raise _too_deep()
     return value
 
@@ -47,7 +47,8 @@ def _too_deep() -> ApiError:
     return ApiError(f"the request body is nested more than {MAX_DEPTH} levels deep")
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than `MAX_DEPTH` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [

@@ -26,7 +26,7 @@ from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.patient_stream import PatientStream
-from deploy.predicted_work import predicted_works
+from deploy.predicted_work import num_sequences, predicted_works
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
@@ -98,7 +98,7 @@ class ApiService:
         request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_room(predicted_works(request), "n")
+        self._check_predicted(request, "n")
         prompt = await self._text.run(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
@@ -107,7 +107,7 @@ class ApiService:
         request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_room(predicted_works(request), "n")
+        self._check_predicted(request, "n" if len(request.prompts) == 1 else "prompt")
         prompts = await self._text.run(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
 
@@ -117,7 +117,7 @@ class ApiService:
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
-        self._check_room(predicted_works(request), param)
+        self._check_predicted(request, param)
         inputs = await self._text.run(classify_inputs, self._model, request, param)
         computations = [
             Computation(
@@ -244,6 +244,13 @@ class ApiService:
         """Raises ApiError where no request at all would be admitted: 503 or 429."""
         self._check_ready()
         self._gate.check_room()
+
+    def _check_predicted(
+        self, request: ChatRequest | CompletionRequest | ClassifyRequest, param: str
+    ) -> None:
+        # Their number first: a list of all of them may be too long to make.
+        self._gate.admission.check_number(num_sequences(request), param)
+        self._check_room(predicted_works(request), param)
 
     def _check_room(self, asked: Sequence[Work], param: str) -> None:
         """Once before anything is tokenized, and again when its length is known."""
