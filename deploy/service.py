@@ -12,7 +12,7 @@ import numpy as np
 
 from deploy.admission import Admission, AdmissionLimits, Work
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error, works
-from deploy.answer_grammar import answer_grammar, grammar_warnings
+from deploy.answer_grammar import answer_grammar, asks_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
@@ -73,6 +73,8 @@ class ApiService:
         self._gate = Gate(client, self._admission)
         self._budget = StepBudget()
         self._text = TextThreads.for_cores(available_cores())
+        # Apart from the others: they wait for each other's turn to be compiled.
+        self._grammars = TextThreads(2)
         self._replica_id = replica_id
         self._build = dict(build or {})
         self.strict = strict
@@ -204,7 +206,9 @@ class ApiService:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         reading = prompts[0].reading
-        grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
+        grammar = None
+        if asks_grammar(request, reading):
+            grammar = await self._grammars.run(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_room(works(plans), "n")
         record = current_record()
