@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from deploy.http_limits import RequestDeadline
 from deploy.http_options import HttpOptions
 from tests.deploy.http_client import client_of, is_openai_error
 
@@ -241,3 +243,19 @@ async def test_a_request_that_takes_too_long(make_api: MakeApi, stream: bool) ->
         assert sequence.aborted
         assert api.service._admission.live == 0
         assert (await client.get("/health")).status_code == 200
+
+
+async def test_the_server_itself_has_no_deadline() -> None:
+    ended = []
+
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.1)
+        ended.append(scope["type"])
+
+    deadline = RequestDeadline(served, seconds=0.01)
+    await deadline({"type": "lifespan"}, asyncio.Event().wait, refuse_to_send)  # type: ignore[arg-type]
+    assert ended == ["lifespan"]
+
+
+async def refuse_to_send(message: Any) -> None:
+    raise AssertionError(message)
