@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -152,6 +153,25 @@ def test_json_lines_are_whole_whatever_is_logged() -> None:
     assert record["message"] == "it broke\n\ud800"
     assert record["request_id"] == 'quo"te'
     assert "ValueError: two\nlines" in record["exception"]
+
+
+@pytest.mark.parametrize("formatter", [TextLines(), JsonLines()])
+def test_tracebacks_are_whole_where_print_is_replaced(
+    formatter: logging.Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        expected = "".join(traceback.format_exception(error))
+        monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
+        with logged(formatter) as sink:
+            logging.getLogger("conclave.x").exception("it broke")
+    shown = sink.getvalue()
+    if isinstance(formatter, JsonLines):
+        shown = json.loads(shown)["exception"]
+    assert shown.rstrip().endswith(expected.rstrip())
+    assert expected.startswith("Traceback")
+    assert "in test_tracebacks" in expected
 
 
 def test_both_formats_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:
