@@ -20,7 +20,7 @@ from deploy.http_limits import RequestDeadline, read_body
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response, json_response
 from deploy.metrics import CONTENT_TYPE
-from deploy.openai_errors import ApiError, Json, error_body, internal_error
+from deploy.openai_errors import ApiError, Json, internal_error
 from deploy.openapi import openapi_document
 from deploy.patient_stream import PatientStream
 from deploy.request_json import decode_json
@@ -165,8 +165,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{error.detail}: {request.method[:20]} {request.url.path}"
-    headers = dict(error.headers or {})
-    return json_response(error_body(message, kind, None, code), error.status_code, headers)
+    status = error.status_code
+    return error_response(
+        ApiError(message, status=status, kind=kind, code=code, headers=error.headers)
+    )
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

@@ -120,6 +120,8 @@ async def test_a_clients_words_never_become_labels(make_api: MakeApi) -> None:
     assert at(samples, "requests_total", route="other", status="404") == 1
     assert at(samples, "requests_total", route="/v1/models", status="401") == 1
     assert at(samples, "requests_total", route="/v1/models", status="405") == 1
+    assert at(samples, "errors_total", code="not_found") == 1
+    assert at(samples, "errors_total", code="method_not_allowed") == 1
     assert at(samples, "errors_total", code="model_not_found") == 2
     assert at(samples, "errors_total", code="invalid_api_key") == 1
     # Only this request itself is still under way.

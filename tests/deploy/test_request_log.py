@@ -107,6 +107,18 @@ async def test_one_access_record_per_request(make_api: MakeApi) -> None:
     assert "private" not in sink.getvalue()
 
 
+async def test_the_record_of_a_path_that_is_none_of_ours(make_api: MakeApi) -> None:
+    with logged(JsonLines()) as sink:
+        async with client_of(make_api().app()) as client:
+            await client.get("/nowhere")
+            await client.get("/v1/completions")
+    records = [json.loads(line) for line in sink.getvalue().splitlines()]
+    assert [(record["status"], record["error_code"]) for record in records] == [
+        (404, "not_found"),
+        (405, "method_not_allowed"),
+    ]
+
+
 async def test_nothing_of_a_request_is_logged_but_its_figures(make_api: MakeApi) -> None:
     api = make_api("a very private answer", error=RuntimeError("boom"))
     api.client.script = lambda prompt, sampling: [70, 71]
