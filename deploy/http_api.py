@@ -48,7 +48,7 @@ def build_api(
     Serve's proxy answers with the `x-request-id` itself.
     """
     options = options or HttpOptions()
-    app = FastAPI(title="Conclave", openapi_url=None)
+    app = FastAPI(title="Conclave", openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     # The last one added is the first to see a request.

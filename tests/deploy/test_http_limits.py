@@ -220,6 +220,13 @@ async def test_unknown_routes_and_methods(make_api: MakeApi) -> None:
         assert "GET" in response.headers["allow"]
 
 
+async def test_a_slash_too_many_is_another_route(make_api: MakeApi) -> None:
+    async with client_of(make_api().app()) as client:
+        refused(await client.post("/v1/completions/", json=GOOD), 404, "not_found")
+        refused(await client.get("/health/"), 404, "not_found")
+        refused(await client.get("/v1/models/"), 404, "model_not_found")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_takes_too_long(make_api: MakeApi, stream: bool) -> None:
     api = make_api(ids=[70] * 200, delay=0.02)
