@@ -19,6 +19,7 @@ from deploy.http_keys import ApiKeys
 from deploy.http_limits import RequestDeadline, read_body
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response, json_response
+from deploy.lost_clients import LostClients
 from deploy.metrics import CONTENT_TYPE
 from deploy.openai_errors import ApiError, Json, internal_error
 from deploy.openapi import openapi_document
@@ -42,10 +43,12 @@ def build_api(
     options: HttpOptions | None = None,
     *,
     behind_serve: bool = False,
+    lost_client: tuple[type[Exception], ...] = (),
 ) -> FastAPI:
     """The ASGI application of one replica; an empty `api_keys` lets everyone in.
 
-    Serve's proxy answers with the `x-request-id` itself.
+    Serve's proxy answers with the `x-request-id` itself. `lost_client` is what `receive` raises
+    when the client has left, if it does not just say so.
     """
     options = options or HttpOptions()
     app = FastAPI(title="Conclave", openapi_url=None, redirect_slashes=False)
@@ -58,6 +61,8 @@ def build_api(
         app.add_middleware(ApiKeys, keys=api_keys)
     if options.cors_origins:
         app.add_middleware(Cors, origins=options.cors_origins)
+    if lost_client:
+        app.add_middleware(LostClients, errors=lost_client)
     app.add_middleware(
         RequestScope, metrics=service.metrics, routes=app.router, echoes=not behind_serve
     )
