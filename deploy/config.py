@@ -68,6 +68,15 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _header_text(key: str) -> str:
+    """A key that clients can send: what stands at a header's ends is lost, the rest is ASCII."""
+    if not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", key):
+        raise ValueError(
+            "allowed are one or more printable ASCII characters without a space at either end"
+        )
+    return key
+
+
 def _our_name(value: object) -> object:
     """Transformers' name of an attention implementation → ours."""
     return ATTENTION_ALIASES.get(value, value) if isinstance(value, str) else value
@@ -111,7 +120,7 @@ class ServeArgs(BaseModel):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     api_key: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)
+        tuple[Annotated[str, AfterValidator(_header_text)], ...], BeforeValidator(_as_list)
     ] = ()
     max_request_bytes: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 16 * 2**20
     body_timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
@@ -228,4 +237,6 @@ def _sentence(error: ErrorDetails) -> str:
         allowed = _ALLOWED[error["type"]].format(**error.get("ctx", {}))
         return f"{key}={error['input']}: allowed values are {allowed}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    # A key is a secret, and what stands here ends up in logs.
+    shown = key if key == "api_key" else f"{key}={error['input']!r}"
+    return f"{shown}: {message[0].lower()}{message[1:]}"

@@ -1,4 +1,4 @@
-"""Clients that leave while their request is still coming in, behind a proxy that says so by errors."""
+"""Clients that leave while their request comes in, behind a proxy that says so by errors."""
 
 from __future__ import annotations
 
