@@ -88,7 +88,9 @@ PositiveInt = Annotated[int, Field(ge=1)]
 class ServeArgs(BaseModel):
     """What the user asked for; None means that `resolve` chooses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     model: Annotated[str, Field(min_length=1)]
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
@@ -134,9 +136,9 @@ class ServeArgs(BaseModel):
     warm_spare: bool | None = None
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
     hang_deadline: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
-    step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0
+    step_deadline: Annotated[float, Field(ge=0.1)] = 300.0
     load_timeout: Annotated[float, Field(ge=1.0, le=86400)] = 1800.0
-    recovery_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    recovery_timeout: Annotated[float, Field(ge=0)] = 120.0
     sse_keep_alive_seconds: Annotated[float, Field(gt=0, le=3600)] = 15.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_format: Literal["text", "json"] = "text"
