@@ -52,6 +52,8 @@ def test_keys_pages_and_unknown_fields(server: Server, http: httpx.Client) -> No
     for path in ("/health", "/ready"):
         response = httpx.head(server.url + path)
         assert (response.status_code, response.content) == (200, b"")
+    assert httpx.get(f"{server.url}/-/routes").json() == {"/": MODEL}
+    assert httpx.get(f"{server.url}/-/healthz").text == "success"
     preflight = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
     response = httpx.options(f"{server.url}/v1/completions", headers=preflight)
     assert response.status_code == 204
