@@ -167,7 +167,8 @@ def serve(
     options = _read_config(config) | {k: v for k, v in given.items() if v is not None and v != []}
     options["model"] = model[0]
     if not options.get("api_key") and os.environ.get("CONCLAVE_API_KEY"):
-        options["api_key"] = [os.environ["CONCLAVE_API_KEY"]]
+        # Secrets that come from files end with a newline.
+        options["api_key"] = [os.environ["CONCLAVE_API_KEY"].rstrip("\r\n")]
     args = parse_args(options)
 
     from deploy.resolve import model_folder

@@ -235,9 +235,11 @@ class ApiService:
         """Run sequences of the request's field `param`. Raises ApiError."""
         asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
         self._check_room(asked, param)
+        meter = AnswerMeter(self.metrics, current_record())
         with self._gate.hold(asked) as held:
+            meter.start([each.tokens for each in computations])
             try:
-                rows = await compute(self._client, self._budget, computations)
+                rows = await compute(self._client, self._budget, computations, meter.waited)
                 for index in range(len(rows)):
                     held.saw_token(index)
                 return rows
