@@ -78,12 +78,8 @@ class Admission:
         `param` is the request's field that asks for so many sequences.
         """
         limits = self.limits
-        bound = limits.num_seats + limits.max_waiting
-        if len(works) > bound:
-            raise ApiError(
-                f"{param}: {len(works)} sequences in one request, allowed are {bound}", param=param
-            )
-        excess = self.live + len(works) - bound
+        self.check_number(len(works), param)
+        excess = self.live + len(works) - limits.num_seats - limits.max_waiting
         demands = [self._demand(ticket.work, ticket) for ticket in self._in_order()]
         newcomer = self._demand(works[0])
         # One after the other they would not take longer: nothing to predict.
@@ -97,6 +93,15 @@ class Admission:
         self.num_refused += 1
         room_s = max(mine.begins - limits.max_queue_s, _nth_end(turns, excess))
         raise self._overloaded(mine.begins, self._promise(works, now, room_s, seats))
+
+    def check_number(self, num_sequences: int, param: str | None) -> None:
+        """Raises ApiError 400 for more sequences in one request than there may ever be."""
+        bound = self.limits.num_seats + self.limits.max_waiting
+        if num_sequences > bound:
+            raise ApiError(
+                f"{param}: {num_sequences} sequences in one request, allowed are {bound}",
+                param=param,
+            )
 
     def check_room(self, now: float, load: EngineLoad) -> None:
         """Raises ApiError 429 when not even a single sequence would be admitted by number.

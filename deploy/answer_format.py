@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
+from deploy.closed_model import Closed
 from deploy.openai_errors import ApiError
 from deploy.structured_outputs import (
     any_grammar,
@@ -23,12 +24,7 @@ _KINDS = ("json", "regex", "choice", "grammar", "json_object")
 _ANY_OBJECT = {"type": "object"}
 
 
-class _Closed(BaseModel):
-    # A key that nobody here knows would change the form of the answer: it is refused by name.
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class JsonSchemaFormat(_Closed):
+class JsonSchemaFormat(Closed):
     """OpenAI's wrapper of a schema; the schema is kept to whatever `strict` says."""
 
     name: Annotated[str, Field(min_length=1, max_length=64)]
@@ -37,19 +33,19 @@ class JsonSchemaFormat(_Closed):
     strict: bool | None = None
 
 
-class ResponseFormat(_Closed):
+class ResponseFormat(Closed):
     """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchemaFormat | None = None
 
 
-class StructuredOutputs(_Closed):
+class StructuredOutputs(Closed):
     """vLLM's `structured_outputs`: one kind of constraint, and how JSON may be spaced."""
 
     json_schema: str | dict[str, Any] | bool | None = Field(default=None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None
     json_object: bool | None = None
     whitespace_pattern: str | None = None

@@ -13,8 +13,6 @@ from deploy.tool_choice import must_call, special_ids, tools_in_use
 from deploy.tool_formats import FORMATS, JSON, ToolFormat
 from deploy.tool_grammar import SpecialIds, calls_grammar, reasoning_rules
 
-_ANY_TEXT = r"/(.|\n)*/"
-
 
 def answer_grammar(
     model: ServedModel, request: ChatRequest | CompletionRequest, reading: Reading
@@ -43,10 +41,24 @@ def answer_grammar(
             answers.append(name)
             rules.append(f"{name}: %lark {{\n{text}\n}}")
     if calls is not None and form is None and not must_call(request):
-        answers = [f"{_ANY_TEXT} calls?"]
+        assert reading.tool_format is not None
+        rules.append(_text_without(reading.tool_format.markers[0]))
+        answers = ["TEXT calls?"]
     first = "reasoning" if reading.reasoning else ""
     start = f"start: {first} ({' | '.join(answers)})"
     return lark_grammar("\n".join([start, *rules]), param=param)
+
+
+def asks_grammar(request: ChatRequest | CompletionRequest, reading: Reading) -> bool:
+    """Whether there may be anything to compile."""
+    forms = (request.response_format, request.structured_outputs)
+    return reading.tool_format is not None or any(form is not None for form in forms)
+
+
+def _text_without(marker: str) -> str:
+    """The terminal `TEXT`: where the marker is one special token, ordinary ones must not spell it,
+    for whoever reads the answer sees the same."""
+    return rf"TEXT: /(.|\n)*/ & ~/(.|\n)*{marker}(.|\n)*/"
 
 
 def grammar_warnings(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -64,13 +64,17 @@ class StepBudget:
 
 
 async def compute(
-    client: ModelClient, budget: StepBudget, computations: Sequence[Computation]
+    client: ModelClient,
+    budget: StepBudget,
+    computations: Sequence[Computation],
+    waited: Callable[[float | None], None],
 ) -> list[Arrays]:
     """Run all of them, as many at once as the budget lets; leaving early aborts them.
 
-    Raises what `ModelClient.generate` and its streams raise.
+    `waited` is told the seconds that each has waited for its first step. Raises what
+    `ModelClient.generate` and its streams raise.
     """
-    tasks = [asyncio.create_task(_run(client, budget, each)) for each in computations]
+    tasks = [asyncio.create_task(_run(client, budget, each, waited)) for each in computations]
     try:
         return list(await asyncio.gather(*tasks))
     finally:
@@ -79,12 +83,18 @@ async def compute(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _run(client: ModelClient, budget: StepBudget, each: Computation) -> Arrays:
+async def _run(
+    client: ModelClient,
+    budget: StepBudget,
+    each: Computation,
+    waited: Callable[[float | None], None],
+) -> Arrays:
     async with budget.hold(each.step_bytes):
         stream = client.generate(each.tokens, _COMPUTE_ONLY, priority=each.priority, want=each.want)
         try:
             async for _ in stream:
                 pass
+            waited(stream.queue_seconds)
             return stream.outputs
         finally:
             stream.abort()

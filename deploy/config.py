@@ -69,6 +69,15 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def _header_text(key: str) -> str:
+    """A key that clients can send: what stands at a header's ends is lost, the rest is ASCII."""
+    if not re.fullmatch(r"[\x21-\x7e](?:[\x20-\x7e]*[\x21-\x7e])?", key):
+        raise ValueError(
+            "allowed are one or more printable ASCII characters without a space at either end"
+        )
+    return key
+
+
 def _our_name(value: object) -> object:
     """Transformers' name of an attention implementation → ours."""
     return ATTENTION_ALIASES.get(value, value) if isinstance(value, str) else value
@@ -81,7 +90,9 @@ Options = TypeVar("Options", bound=BaseModel)
 class ServeArgs(BaseModel):
     """What the user asked for; None means that `resolve` chooses."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
     model: Annotated[str, Field(min_length=1)]
     served_model_name: Annotated[str, Field(min_length=1)] | None = None
@@ -113,7 +124,7 @@ class ServeArgs(BaseModel):
     min_replicas: PositiveInt = 1
     max_replicas: PositiveInt | None = None
     api_key: Annotated[
-        tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_list)
+        tuple[Annotated[str, AfterValidator(_header_text)], ...], BeforeValidator(_as_list)
     ] = ()
     max_request_bytes: Annotated[PositiveInt, BeforeValidator(parse_bytes)] = 16 * 2**20
     body_timeout: Annotated[float, Field(gt=0, le=86400)] = 60.0
@@ -127,9 +138,9 @@ class ServeArgs(BaseModel):
     warm_spare: bool | None = None
     cpus_per_actor: Annotated[float, Field(gt=0, le=1024)] = 0.1
     hang_deadline: Annotated[float, Field(ge=0.1, le=3600)] = 1.0
-    step_deadline: Annotated[float, Field(ge=0.1, allow_inf_nan=False)] = 300.0
+    step_deadline: Annotated[float, Field(ge=0.1)] = 300.0
     load_timeout: Annotated[float, Field(ge=1.0, le=86400)] = 1800.0
-    recovery_timeout: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 120.0
+    recovery_timeout: Annotated[float, Field(ge=0)] = 120.0
     sse_keep_alive_seconds: Annotated[float, Field(gt=0, le=3600)] = 15.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_format: Literal["text", "json"] = "text"
@@ -236,4 +247,6 @@ def _sentence(error: ErrorDetails, fields: Mapping[str, FieldInfo]) -> str:
         allowed = _ALLOWED[error["type"]].format(**error.get("ctx", {}))
         return f"{key}={error['input']}: allowed values are {allowed}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}={error['input']!r}: {message[0].lower()}{message[1:]}"
+    # A key is a secret, and what stands here ends up in logs.
+    shown = key if key == "api_key" else f"{key}={error['input']!r}"
+    return f"{shown}: {message[0].lower()}{message[1:]}"

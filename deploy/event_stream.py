@@ -81,7 +81,9 @@ class EventStream(Response):
             if not self._sending and now() - self._last_sent >= self._keep_alive_s:
                 await send({"type": "http.response.body", "body": KEEP_ALIVE, "more_body": True})
                 self._last_sent = now()
-            await asyncio.sleep(max(0.0, self._last_sent + self._keep_alive_s - now()))
+            # What is being sent will have been sent at some later time: look again then.
+            last = now() if self._sending else self._last_sent
+            await asyncio.sleep(max(0.0, last + self._keep_alive_s - now()))
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

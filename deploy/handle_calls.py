@@ -9,6 +9,7 @@ from typing import Any
 
 from deploy.openai_errors import ApiError, Json, internal_error
 from deploy.patient_stream import PatientStream
+from deploy.request_json import check_json
 from deploy.request_record import RequestRecord, begin, finish, new_id
 from deploy.service import ApiService
 
@@ -61,12 +62,15 @@ class _Call:
     def __init__(self, service: ApiService, name: str) -> None:
         self._service = service
         self._method = getattr(service, name)
+        self._takes_json = name != "forward"  # which takes arrays and checks them itself
         self.record = RequestRecord(request_id=new_id(), route=f"handle.{name}", status=200)
         begin(service.metrics, self.record)
 
     async def run(self, body: object) -> Any:
         """The answer, or an error's body."""
         try:
+            if self._takes_json:
+                check_json(body)
             return await self._method(body)
         except ApiError as error:
             return self._failed(error)

@@ -19,8 +19,9 @@ from deploy.http_keys import ApiKeys
 from deploy.http_limits import RequestDeadline, read_body
 from deploy.http_options import HttpOptions
 from deploy.http_replies import encode_json, error_response, json_response
+from deploy.lost_clients import LostClients
 from deploy.metrics import CONTENT_TYPE
-from deploy.openai_errors import ApiError, Json, error_body, internal_error
+from deploy.openai_errors import ApiError, Json, internal_error
 from deploy.openapi import openapi_document
 from deploy.patient_stream import PatientStream
 from deploy.request_json import decode_json
@@ -42,13 +43,15 @@ def build_api(
     options: HttpOptions | None = None,
     *,
     behind_serve: bool = False,
+    lost_client: tuple[type[Exception], ...] = (),
 ) -> FastAPI:
     """The ASGI application of one replica; an empty `api_keys` lets everyone in.
 
-    Serve's proxy answers with the `x-request-id` itself.
+    Serve's proxy answers with the `x-request-id` itself. `lost_client` is what `receive` raises
+    when the client has left, if it does not just say so.
     """
     options = options or HttpOptions()
-    app = FastAPI(title="Conclave", openapi_url=None)
+    app = FastAPI(title="Conclave", openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)
     # The last one added is the first to see a request.
@@ -58,6 +61,8 @@ def build_api(
         app.add_middleware(ApiKeys, keys=api_keys)
     if options.cors_origins:
         app.add_middleware(Cors, origins=options.cors_origins)
+    if lost_client:
+        app.add_middleware(LostClients, errors=lost_client)
     app.add_middleware(
         RequestScope, metrics=service.metrics, routes=app.router, echoes=not behind_serve
     )
@@ -165,8 +170,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     kind = "not_found_error" if error.status_code == 404 else "invalid_request_error"
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
     message = f"{error.detail}: {request.method[:20]} {request.url.path}"
-    headers = dict(error.headers or {})
-    return json_response(error_body(message, kind, None, code), error.status_code, headers)
+    status = error.status_code
+    return error_response(
+        ApiError(message, status=status, kind=kind, code=code, headers=error.headers)
+    )
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:

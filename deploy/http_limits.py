@@ -83,6 +83,9 @@ class RequestDeadline:
         self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":  # a lifespan lasts as long as the server
+            await self._app(scope, receive, send)
+            return
         started: list[Message] = []
 
         async def noted(message: Message) -> None:

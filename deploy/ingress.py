@@ -9,6 +9,7 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray.exceptions import TaskCancelledError
 
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
@@ -124,7 +125,13 @@ class Ingress:
         self._calls = HandleCalls(self._service)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_api(self._service, self._api_keys, self._http, behind_serve=True)
+        return build_api(
+            self._service,
+            self._api_keys,
+            self._http,
+            behind_serve=True,
+            lost_client=(TaskCancelledError,),
+        )
 
     async def chat(self, body: Json) -> Any:
         """A chat completion; with `stream` an async generator of chunks."""

@@ -12,7 +12,7 @@ from deploy.tool_schema import ToolCall
 class TextPart(BaseModel):
     """The only kind of content part that these models read."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     type: Literal["text"]
     text: str
@@ -24,8 +24,9 @@ class Message(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     role: Annotated[str, Field(min_length=1, max_length=64)]
-    content: str | list[TextPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    # The first bad entry ends the check, as everywhere where lists may be long.
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
 
@@ -36,6 +37,12 @@ class Message(BaseModel):
         if self.role != "assistant" and self.tool_calls:
             raise ValueError("tool_calls: allowed is the role assistant")
         return self
+
+    @property
+    def unread_fields(self) -> list[str]:
+        """Fields of content parts that reach no template: their text is joined."""
+        parts = self.content if isinstance(self.content, list) else []
+        return [f"content.{key}" for part in parts for key in part.model_extra or ()]
 
     def for_template(self) -> dict[str, Any]:
         """The turn as chat templates expect it: content parts joined by line breaks."""

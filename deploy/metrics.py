@@ -131,9 +131,13 @@ class AnswerMeter:
         if delta.finish is not None:
             self._record.finish_reasons.append(delta.finish)
 
+    def waited(self, queue_seconds: float | None) -> None:
+        """A sequence has had its first step."""
+        if queue_seconds is not None:
+            self._metrics.queue_time.observe(queue_seconds)
+
     def _begin(self, delta: Delta, now: float) -> None:
-        if delta.queue_seconds is not None:
-            self._metrics.queue_time.observe(delta.queue_seconds)
+        self.waited(delta.queue_seconds)
         if self._record.first_token_s is None and delta.has_token:
             self._record.first_token_s = now - self._record.started
             self._metrics.first_token.observe(self._record.first_token_s)

@@ -65,11 +65,6 @@ def cut(text: str, most: int) -> str:
     return f"{text[: most - tail - 5]} ... {text[-tail:]}"
 
 
-def not_found(message: str) -> ApiError:
-    """No such route or object."""
-    return ApiError(message, status=404, kind="not_found_error", code="not_found")
-
-
 def internal_error() -> ApiError:
     """A defect of ours; the details are in the log, not in the answer."""
     return ApiError(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from deploy.answer_format import ResponseFormat, StructuredOutputs
 from deploy.message_schema import Message
@@ -27,12 +27,20 @@ TokenId = Annotated[int, Field(ge=0, lt=INT64)]
 TokenIds = Annotated[list[TokenId], Field(fail_fast=True)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+MAX_BIASES = 1024
 Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Truncation = Annotated[int, Field(ge=-1, lt=INT64)]
 """How many of a prompt's tokens to keep, at least 1; -1: as many as fit."""
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Strings = Annotated[list[str], Field(fail_fast=True)]
 Texts = str | Strings | TokenIds | Annotated[list[TokenIds], Field(fail_fast=True)]
+
+
+def _few_biases(value: Any) -> Any:
+    """Before each of them is looked at: a dictionary's check has no early end."""
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"{len(value)} entries; allowed are {MAX_BIASES}")
+    return value
 
 
 class _Strict(BaseModel):
@@ -80,7 +88,7 @@ class GenerationRequest(ApiRequest):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
+    logit_bias: Annotated[dict[str, Bias], BeforeValidator(_few_biases)] | None = None
     bad_words: Annotated[list[Stop], Field(max_length=256)] | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=2**20)] | None = None
     skip_special_tokens: bool = True
@@ -111,11 +119,18 @@ class GenerationRequest(ApiRequest):
 class TemplateFields(ApiRequest):
     """What a chat template is given beside the messages."""
 
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     chat_template: Annotated[str, Field(min_length=1, max_length=2**18)] | None = None
     """A template's name or, where the server trusts it, its text."""
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Those of content parts too."""
+        messages: Sequence[Message] = getattr(self, "messages", None) or ()
+        nested = {f"messages.{key}": None for each in messages for key in each.unread_fields}
+        return [*super().unknown_fields, *nested]
 
     @property
     def variables(self) -> dict[str, Any]:

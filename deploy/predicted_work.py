@@ -16,9 +16,21 @@ def predicted_works(request: ChatRequest | CompletionRequest | ClassifyRequest) 
     """One per sequence. Raises ApiError for a request without a prompt."""
     if isinstance(request, ClassifyRequest):
         return [Work(prompt_tokens=n, max_tokens=0) for n in _prompt_tokens(request)]
-    max_tokens = _SOME_TOKENS if request.max_tokens is None else request.max_tokens
+    max_tokens = request.max_tokens
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        max_tokens = request.max_completion_tokens
+    max_tokens = _SOME_TOKENS if max_tokens is None else max_tokens
     works = [Work(prompt_tokens=n, max_tokens=max_tokens) for n in _prompt_tokens(request)]
     return [work for work in works for _ in range(request.n or 1)]
+
+
+def num_sequences(request: ChatRequest | CompletionRequest | ClassifyRequest) -> int:
+    """How many there will be. Raises ApiError for a request without a prompt."""
+    if isinstance(request, ChatRequest):
+        return request.n or 1
+    if isinstance(request, ClassifyRequest):
+        return 1 if request.messages is not None else len(request.prompts)
+    return len(request.prompts) * (request.n or 1)
 
 
 def _prompt_tokens(request: ChatRequest | CompletionRequest | ClassifyRequest) -> list[int]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from deploy.openai_errors import ApiError
 
 MAX_DEPTH = 100
 """Objects and lists inside each other; what reads them (templates, grammars) often recurses."""
+_TOO_MANY_DIGITS = 10**4300
+"""Python's own bound, for texts."""
 
 
 def decode_json(raw: bytes) -> object:
@@ -37,17 +40,73 @@ def decode_json(raw: bytes) -> object:
     except json.JSONDecodeError as error:
         raise ApiError(f"the request body is not valid JSON: {error}") from None
     except ValueError:  # Python's own bound on digits
-        raise ApiError("the request body holds an integer with too many digits") from None
-    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and _is_deep(value):
+        raise _long_integer() from None
+    if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(value):
         raise _too_deep()
     return value
+
+
+def check_json(body: object) -> None:
+    """Refuse what `decode_json` never returns, in a body that is no bytes. Raises ApiError 400."""
+    level = [body]
+    for _ in range(MAX_DEPTH + 1):
+        inner: dict[int, Any] = {}  # an object that is there many times is looked at once
+        for node in level:
+            for child in _children(node):
+                if isinstance(child, dict | list):
+                    inner[id(child)] = child
+                else:
+                    _check_scalar(child)
+        if not inner:
+            break
+        level = list(inner.values())
+    else:
+        raise _too_deep()
+    if not isinstance(body, dict | list):
+        _check_scalar(body)
+
+
+def _children(node: object) -> Iterable[Any]:
+    if not isinstance(node, dict):
+        return node if isinstance(node, list) else ()
+    for name in node:
+        if not isinstance(name, str):
+            raise _no_json(f"a name that is no text but {_type_name(name)}")
+    return node.values()
+
+
+def _check_scalar(value: object) -> None:
+    if value is None or isinstance(value, str | bool):
+        return
+    if isinstance(value, int):
+        if abs(value) >= _TOO_MANY_DIGITS:
+            raise _long_integer()
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise _no_json(f"{value:g}, which is no JSON number")
+    else:
+        raise _no_json(f"{_type_name(value)}, which is no JSON type")
+
+
+def _type_name(value: object) -> str:
+    kind = type(value)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+
+
+def _no_json(what: str) -> ApiError:
+    return ApiError(f"the request body is not valid JSON: it holds {what}")
+
+
+def _long_integer() -> ApiError:
+    return ApiError("the request body holds an integer with too many digits")
 
 
 def _too_deep() -> ApiError:
     return ApiError(f"the request body is nested more than {MAX_DEPTH} levels deep")
 
 
-def _is_deep(value: Any) -> bool:
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value is nested more than `MAX_DEPTH` levels deep."""
     level = [value]
     for _ in range(MAX_DEPTH + 1):
         level = [

@@ -48,14 +48,22 @@ def _or(value: float | None, default: float) -> float:
 
 def _logit_bias(model: ServedModel, biases: Mapping[str, float]) -> tuple[tuple[int, float], ...]:
     """OpenAI's token ids as strings, in rising order."""
-    try:
-        by_id = {int(token_id): bias for token_id, bias in biases.items()}
-    except ValueError as error:
-        raise ApiError(
-            f"logit_bias: keys must be token ids, 0..{model.vocab_size - 1}", param="logit_bias"
-        ) from error
+    by_id = {_token_id(model, key): bias for key, bias in biases.items()}
     _check_ids(model, "logit_bias", by_id)
     return tuple(sorted(by_id.items()))
+
+
+def _token_id(model: ServedModel, key: str) -> int:
+    """Written as JSON writes it: of "1", " 1" and "01" all but one would be dropped silently."""
+    try:
+        token_id = int(key)
+    except ValueError:
+        token_id = -1
+    if str(token_id) != key:
+        raise ApiError(
+            f"logit_bias: keys must be token ids, 0..{model.vocab_size - 1}", param="logit_bias"
+        )
+    return token_id
 
 
 def _bad_words(model: ServedModel, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

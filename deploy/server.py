@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from http.client import HTTPException
 from types import FrameType
 from typing import Any
 
@@ -90,7 +91,7 @@ def _print_choices(url: str, api_keys: tuple[str, ...]) -> None:
     try:
         version = _ask(f"{url}/version", api_keys)
         caches = _ask(f"{url}/v1/experts", api_keys)["kv_cache"]
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:
         log.warning("what the replica has chosen cannot be asked for: %s", error)
         return
     threads = f"threads per actor: {version['threads']}"

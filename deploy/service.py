@@ -12,7 +12,7 @@ import numpy as np
 
 from deploy.admission import Admission, AdmissionLimits, Work
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error, works
-from deploy.answer_grammar import answer_grammar, grammar_warnings
+from deploy.answer_grammar import answer_grammar, asks_grammar, grammar_warnings
 from deploy.classify import classify_body, classify_inputs, pooled_position
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
@@ -26,7 +26,7 @@ from deploy.openai_errors import ApiError, Json, not_finite, recovering
 from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.patient_stream import PatientStream
-from deploy.predicted_work import predicted_works
+from deploy.predicted_work import num_sequences, predicted_works
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
 from deploy.request_record import RequestRecord, current_record
 from deploy.served_model import ServedModel
@@ -73,6 +73,8 @@ class ApiService:
         self._gate = Gate(client, self._admission)
         self._budget = StepBudget()
         self._text = TextThreads.for_cores(available_cores())
+        # Apart from the others: they wait for each other's turn to be compiled.
+        self._grammars = TextThreads(2)
         self._replica_id = replica_id
         self._build = dict(build or {})
         self.strict = strict
@@ -98,7 +100,7 @@ class ApiService:
         request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_room(predicted_works(request), "n")
+        self._check_predicted(request, "n")
         prompt = await self._text.run(chat_prompt, self._model, request)
         return await self._answer(request, [prompt])
 
@@ -107,7 +109,7 @@ class ApiService:
         request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_room(predicted_works(request), "n")
+        self._check_predicted(request, "n" if len(request.prompts) == 1 else "prompt")
         prompts = await self._text.run(text_prompts, self._model, request, "prompt")
         return await self._answer(request, prompts)
 
@@ -117,7 +119,7 @@ class ApiService:
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
-        self._check_room(predicted_works(request), param)
+        self._check_predicted(request, param)
         inputs = await self._text.run(classify_inputs, self._model, request, param)
         computations = [
             Computation(
@@ -204,7 +206,9 @@ class ApiService:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         reading = prompts[0].reading
-        grammar = await asyncio.to_thread(answer_grammar, self._model, request, reading)
+        grammar = None
+        if asks_grammar(request, reading):
+            grammar = await self._grammars.run(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
         self._check_room(works(plans), "n")
         record = current_record()
@@ -231,9 +235,11 @@ class ApiService:
         """Run sequences of the request's field `param`. Raises ApiError."""
         asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
         self._check_room(asked, param)
+        meter = AnswerMeter(self.metrics, current_record())
         with self._gate.hold(asked) as held:
+            meter.start([each.tokens for each in computations])
             try:
-                rows = await compute(self._client, self._budget, computations)
+                rows = await compute(self._client, self._budget, computations, meter.waited)
                 for index in range(len(rows)):
                     held.saw_token(index)
                 return rows
@@ -244,6 +250,13 @@ class ApiService:
         """Raises ApiError where no request at all would be admitted: 503 or 429."""
         self._check_ready()
         self._gate.check_room()
+
+    def _check_predicted(
+        self, request: ChatRequest | CompletionRequest | ClassifyRequest, param: str
+    ) -> None:
+        # Their number first: a list of all of them may be too long to make.
+        self._gate.admission.check_number(num_sequences(request), param)
+        self._check_room(predicted_works(request), param)
 
     def _check_room(self, asked: Sequence[Work], param: str) -> None:
         """Once before anything is tokenized, and again when its length is known."""

@@ -14,6 +14,7 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
+from deploy.grammar_check import GRAMMARS, TooComplex
 from deploy.openai_errors import ApiError
 
 MAX_CHOICES = 1_000
@@ -106,7 +107,10 @@ def _checked(text: str, param: str) -> str:
             param, f"{len(text)} characters as a grammar; allowed are {MAX_GRAMMAR_CHARS}"
         )
     grammar = text + _EVERY_TOKENIZATION
-    _, found = LLMatcher.validate_grammar_with_warnings(grammar)
+    try:
+        found = GRAMMARS.messages(grammar)
+    except TooComplex as error:
+        raise _refused(param, str(error)) from error
     # Warnings are of keywords that would be ignored: what is asked for is honoured or refused.
     serious = [message for message in found if not message.startswith(_EXPECTED_WARNING)]
     if serious:

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from deploy.message_schema import Message
 from deploy.openai_errors import ApiError
-from deploy.openai_schema import ApiRequest, TemplateFields, TokenId, refuse_continuation
+from deploy.openai_schema import ApiRequest, TemplateFields, TokenIds, refuse_continuation
 from deploy.tool_schema import MAX_TOOLS, Tool
 
 
@@ -16,7 +16,7 @@ class TokenizeRequest(TemplateFields):
     """POST /tokenize: the `prompt` of a completion, or a chat's `messages`."""
 
     prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     return_token_strs: bool = False
     add_special_tokens: bool | None = None
@@ -41,4 +41,4 @@ class TokenizeRequest(TemplateFields):
 class DetokenizeRequest(ApiRequest):
     """POST /detokenize."""
 
-    tokens: list[TokenId]
+    tokens: TokenIds

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from deploy.tool_formats import UNDECIDED, _Undecided, skip_spaces
 
-MAX_HEAD = 16384
+MAX_HEAD = 2048
 """Characters of a call before its name and the beginning of its arguments are known."""
 _PLAIN = re.compile(r'["{}\[\]<]')
 _IN_STRING = re.compile(r'["\\\x00-\x1f]')

@@ -6,7 +6,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from deploy.tool_arguments import ObjectScanner, read_fields, read_head
+from deploy.tool_arguments import MAX_HEAD, ObjectScanner, read_fields, read_head
 from deploy.tool_formats import (
     UNDECIDED,
     WHITE_SPACE,
@@ -170,6 +170,9 @@ class ToolCallParser:
             end = at + 1
             if text[at] == ",":
                 end = read_fields(text, skip_spaces(text, end), {})
+                # It is read again with every piece: what is too long for a tail is none.
+                if (len(text) if isinstance(end, _Undecided) else end or 0) > MAX_HEAD:
+                    end = None
         elif (closing := match(text, at, self._frame.closing)) is not None:
             end = closing if isinstance(closing, _Undecided) else at
         if isinstance(end, _Undecided):

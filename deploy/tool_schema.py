@@ -16,7 +16,9 @@ from pydantic import (
     model_validator,
 )
 
+from deploy.closed_model import Closed
 from deploy.openai_errors import ApiError
+from deploy.request_json import is_deep
 
 MAX_TOOLS = 128
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -65,18 +67,14 @@ class Tool(_Kept):
     function: Function
 
 
-class NamedFunction(BaseModel):
+class NamedFunction(Closed):
     """The name of one of the tools."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: FunctionName
 
 
-class NamedTool(BaseModel):
+class NamedTool(Closed):
     """The tool to call."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     type: Literal["function"]
     function: NamedFunction
@@ -144,7 +142,8 @@ def _parsed(text: str) -> str | dict[str, Any]:
         value = json.loads(text, parse_constant=_no_constant)
     except (ValueError, RecursionError):
         return text
-    return value if isinstance(value, dict) else text
+    # Python may just manage to read what nobody after it can write again.
+    return value if isinstance(value, dict) and not is_deep(value) else text
 
 
 def _no_constant(name: str) -> None:

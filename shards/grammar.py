@@ -21,6 +21,10 @@ Mask = NDArray[np.bool_]
 
 _SILENT = 0
 _NUM_KEPT = 32
+_MOST_KEPT_CHARS = 1 << 20
+_MOST_ITEMS = 1100
+"""Ways in which what was written so far can be read; a mask's time grows with their square. A choice
+of 1,000 has so many, any other honest grammar a few dozen."""
 _NO_TOKENIZER = "grammar: this model has no tokenizer, so nobody knows what its tokens spell"
 
 
@@ -100,7 +104,7 @@ class Grammars:
     def __init__(self, vocabulary: Vocabulary | None) -> None:
         self._vocabulary = vocabulary
         self._tokenizer: LLTokenizer | None = None
-        self._limits = LLParserLimits(verbose_errors=False)
+        self._limits = LLParserLimits(max_items_in_row=_MOST_ITEMS, verbose_errors=False)
         self._kept: dict[str, LLMatcher] = {}
 
     def begin(self, grammar: str, emitted: Sequence[int]) -> Constraint:
@@ -111,8 +115,9 @@ class Grammars:
         matcher = self._kept.pop(grammar, None)
         if matcher is None:
             matcher = LLMatcher(tokenizer, grammar, log_level=_SILENT, limits=self._limits)
-        self._kept[grammar] = matcher
-        if len(self._kept) > _NUM_KEPT:
+        if not matcher.is_error():
+            self._kept[grammar] = matcher
+        while len(self._kept) > _NUM_KEPT or sum(map(len, self._kept)) > _MOST_KEPT_CHARS:
             del self._kept[next(iter(self._kept))]
         # A copy has states of its own: what others did with the grammar leaves no trace in it.
         return Constraint(matcher.deep_copy(), emitted)

@@ -189,12 +189,8 @@ class GroupLoop:
 
     def _handle(self, event: Received | Lost | None) -> None:
         if isinstance(event, Lost):
-            # It may break because the pulse's watch has just killed the worker, which knows why.
-            verdict = self.pulse.verdict(event.peer)
-            if verdict is not None:
-                self._give_up_on(*verdict)
-            # Seen earlier than the launcher's report: a process may take long to end.
-            self._apply(self.supervisor.on_connection_lost(event.peer, time.monotonic()))
+            # A call, so that all is heard before that others said before: what has begun to run.
+            self._calls.append(lambda: self._on_connection_lost(event.peer))
         if not isinstance(event, Received):
             return
         match event.frame.header.kind:
@@ -208,6 +204,14 @@ class GroupLoop:
                 self._heed(event.peer, decode(WorkerEvent, event.frame.meta), time.monotonic())
             case kind:
                 log.warning("%s sent an unexpected %s frame", event.peer, kind.name)
+
+    def _on_connection_lost(self, peer: str) -> None:
+        # It may break because the pulse's watch has just killed the worker, which knows why.
+        verdict = self.pulse.verdict(peer)
+        if verdict is not None:
+            self._give_up_on(*verdict)
+        # Seen earlier than the launcher's report: a process may take long to end.
+        self._apply(self.supervisor.on_connection_lost(peer, time.monotonic()))
 
     def _heed(self, peer: str, event: WorkerEvent, now: float) -> None:
         if event.ack is not None:

@@ -6,9 +6,11 @@ import json
 import logging
 import os
 import socket
+import traceback
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 RUNTIME_FOLDER = "CONCLAVE_RUNTIME_DIR"
@@ -59,7 +61,17 @@ def shown_format() -> str:
     return "json" if any(isinstance(each.formatter, JsonLines) for each in handlers) else "text"
 
 
-class TextLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    def formatException(
+        self,
+        ei: tuple[type[BaseException], BaseException, TracebackType | None]
+        | tuple[None, None, None],
+    ) -> str:
+        """A traceback. The plain formatter prints it, and Serve's replicas replace `print`."""
+        return "".join(traceback.format_exception(*ei)).rstrip()
+
+
+class TextLines(_Lines):
     """`time level logger: message`, with the request's id and the record's own fields behind it."""
 
     def __init__(self) -> None:
@@ -72,7 +84,7 @@ class TextLines(logging.Formatter):
         return super().formatMessage(record) + tail
 
 
-class JsonLines(logging.Formatter):
+class JsonLines(_Lines):
     """One object per line: time (UTC), level, logger, message, request_id, the record's fields."""
 
     def format(self, record: logging.LogRecord) -> str:

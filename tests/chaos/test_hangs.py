@@ -11,13 +11,14 @@ import pytest
 
 from router.step import SamplingParams
 from router.transport.base import Frame, FrameKind, Transport
+from shards.client import WorkerStatus
 from shards.group import ModelGroup
 from shards.spec import WorkerSpec
 from shards.stage_worker import StageWorker
 from shards.worker import RunsForever, make_worker
 from tests.groups import Answer, ask_all, healed, running_group
 
-GREEDY = SamplingParams(max_tokens=80, temperature=0.0, logprobs=1)
+GREEDY = SamplingParams(max_tokens=160, temperature=0.0, logprobs=1)
 PROMPTS = [tuple(range(5, 5 + n)) for n in (4, 11, 30)]
 
 
@@ -35,6 +36,10 @@ def is_gone(pid: int) -> bool:
             return stat.read().rpartition(")")[2].split()[0] == "Z"
     except FileNotFoundError:
         return True
+
+
+def _status(group: ModelGroup, victim: tuple[str, int]) -> WorkerStatus:
+    return next(w for w in group.workers() if (w.role, w.index) == victim)
 
 
 async def _stopped_in_the_middle(
@@ -68,10 +73,11 @@ async def test_every_role_may_stop(dispatch: str) -> None:
             answers, pid = await _stopped_in_the_middle(group, victim)
             assert answers == expected, victim
             async with asyncio.timeout(60):
-                while not is_gone(pid):
+                # It is killed a moment before anybody is told.
+                while not is_gone(pid) or _status(group, victim).deaths == 0:
                     await asyncio.sleep(0.02)
             await healed(group)
-            status = next(w for w in group.workers() if (w.role, w.index) == victim)
+            status = _status(group, victim)
             assert (status.incarnation, status.deaths) == (1, 1)
             assert "hung" in status.last_reason
         assert sum(w.deaths for w in group.workers()) == len(roles), "nobody else was given up"

@@ -6,12 +6,15 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
 from deploy import guardian
+from deploy import server as server_module
 from deploy.version import VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +57,41 @@ def test_config_file_and_its_errors(tmp_path: Path) -> None:
     )
     file.write_text("- a")
     assert "mapping" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
+
+
+def test_a_key_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only a key that is fine leaves the other mistake to be named.
+    for key, word in (("k1\n", "stages=99"), ("k1\r\n", "stages=99"), ("k1 \n", "api_key")):
+        monkeypatch.setenv("CONCLAVE_API_KEY", key)
+        done = conclave("serve", "nano-dbrx", "--stages", "99")
+        assert done.returncode == 2
+        assert word in done.stderr
+
+
+class _Garbled(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{")
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Nothing on the terminal."""
+
+
+def test_a_server_lives_on_when_its_choices_cannot_be_shown(
+    caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Garbled) as server:
+        serving = threading.Thread(target=server.serve_forever)
+        serving.start()
+        try:
+            server_module._print_choices(f"http://127.0.0.1:{server.server_port}", ("k",))
+            server_module._print_choices(f"http://127.0.0.1:{server.server_port}", ("ключ",))
+        finally:
+            server.shutdown()
+            serving.join()
+    assert capsys.readouterr().err.count("kernels") == 0
+    assert len([line for line in caplog.messages if "cannot be asked for" in line]) == 2
 
 
 def test_check(tmp_path: Path) -> None:

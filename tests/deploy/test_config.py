@@ -64,11 +64,15 @@ def resolved(**options: Any) -> ResolvedArgs:
         ({"kv_cache_memory": "most"}, ["kv_cache_memory='most'", "auto", "2GiB"]),
         ({"min_replicas": 3, "max_replicas": 2}, ["max_replicas=2", "3"]),
         ({"cpus_per_actor": 0}, ["cpus_per_actor"]),
-        ({"api_key": [""]}, ["api_key"]),
+        ({"api_key": [""]}, ["api_key", "printable ASCII"]),
         ({"threads": "0"}, ["threads"]),
         ({"hang_deadline": "0.01"}, ["hang_deadline=0.01", "0.1 or more"]),
         ({"hang_deadline": 2, "step_deadline": 1}, ["step_deadline=1", "hang_deadline", "2"]),
         ({"step_deadline": "inf"}, ["step_deadline=inf", "finite"]),
+        ({"max_queue_seconds": "nan"}, ["max_queue_seconds=nan", "numbers that are finite"]),
+        ({"max_queue_seconds": "inf"}, ["max_queue_seconds=inf", "numbers that are finite"]),
+        ({"recovery_timeout": "inf"}, ["recovery_timeout=inf", "numbers that are finite"]),
+        ({"body_timeout": "nan"}, ["body_timeout=nan", "numbers that are finite"]),
         ({"load_timeout": "0"}, ["load_timeout=0", "1.0 or more"]),
         ({"recovery_timeout": "-1"}, ["recovery_timeout=-1", "0 or more"]),
         ({"recovery_timeout": "soon"}, ["recovery_timeout=soon", "numbers"]),
@@ -82,6 +86,17 @@ def test_refusals_name_the_key(options: dict[str, Any], words: list[str]) -> Non
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", " k1", "k1 ", "k1\n", "\tk1", "k\n1", "ключ", "k\xe9", "k\0"]
+)
+def test_keys_that_no_header_carries(key: str) -> None:
+    with pytest.raises(ConfigError, match=r"api_key: .*printable ASCII") as error:
+        parse_args({"model": "m", "api_key": ["good", key]})
+    if key.strip():
+        assert key.strip() not in str(error.value), "a key is a secret"
+    assert parse_args({"model": "m", "api_key": "k 1~!"}).api_key == ("k 1~!",)
 
 
 def test_deadlines_reach_the_group() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deploy.demo import nano_checkpoint
@@ -14,7 +17,7 @@ from deploy.handle_calls import HandleCalls
 from deploy.openai_errors import ApiError
 from shards.client import GroupState, SequenceRefused
 from tests.deploy.conftest import running_service
-from tests.deploy.http_client import is_openai_error, post
+from tests.deploy.http_client import client_of, is_openai_error, post
 from tests.deploy.open_streams import Steps, at_rest
 
 MakeApi = Callable[..., Any]
@@ -44,6 +47,84 @@ async def test_handles_say_what_http_says(make_api: MakeApi, name: str, body: An
         for key in ("id", "created"):
             answer.pop(key, None)
     assert given == expected
+
+
+def nested(levels: int, value: Any = 1) -> Any:
+    for level in range(levels):
+        value = [value] if level % 2 else {"a": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    "x", [nested(99), nested(100), nested(101), nested(500), [10**4299], [10**4300]]
+)
+async def test_bodies_have_the_bounds_of_http(make_api: MakeApi, x: Any) -> None:
+    api = make_api()
+    body = {"prompt": [5], "max_tokens": 1, "x": x}
+    sys.set_int_max_str_digits(10**4)  # to write it; what the server reads has Python's own bound
+    try:
+        raw = json.dumps(body)
+    finally:
+        sys.set_int_max_str_digits(sys.int_info.default_max_str_digits)
+    async with client_of(api.app()) as client:
+        over_http = await client.post("/v1/completions", content=raw)
+    expected = over_http.json()
+    for given in (
+        await HandleCalls(api.service).generate("completions", body),
+        *[
+            c
+            async for c in await HandleCalls(api.service).generate(
+                "completions", {**body, "stream": True}
+            )
+        ],
+    ):
+        assert given.get("error") == expected.get("error")
+    assert over_http.status_code == (400 if "error" in expected else 200)
+
+
+class Odd:
+    """No JSON."""
+
+
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ((1, 2), "tuple"),
+        ({1, 2}, "set"),
+        (b"x", "bytes"),
+        (Odd(), "Odd"),
+        (np.int64(5), "numpy.int64"),
+        (np.zeros(3), "numpy.ndarray"),
+        (float("nan"), "nan"),
+        (float("-inf"), "-inf"),
+        ({1: 2}, "int"),
+        ({None: 2}, "NoneType"),
+    ],
+)
+async def test_bodies_that_no_json_could_be(make_api: MakeApi, odd: Any, words: str) -> None:
+    api = make_api()
+    calls = HandleCalls(api.service)
+    messages = [{"role": "user", "content": "Hi", "x": [odd]}]
+    for name, body in (
+        ("chat", {"messages": messages}),
+        ("completions", {"prompt": "x", "x": {"y": odd}}),
+        ("classify", {"input": odd}),
+        ("tokenize", [odd]),
+        ("detokenize", odd),
+    ):
+        answer = await calls.generate(name, body)
+        assert is_openai_error(answer)
+        assert (answer["error"]["param"], answer["error"]["code"]) == (None, None)
+        assert "not valid JSON" in answer["error"]["message"]
+        assert words in answer["error"]["message"]
+    assert not api.client.streams
+
+
+async def test_a_body_that_holds_itself_is_too_deep(make_api: MakeApi) -> None:
+    body: dict[str, Any] = {"prompt": "x"}
+    body["x"] = [body, body]
+    answer = await HandleCalls(make_api().service).generate("completions", body)
+    assert "nested more than 100" in answer["error"]["message"]
 
 
 async def test_streams_over_handles(make_api: MakeApi) -> None:

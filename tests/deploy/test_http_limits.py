@@ -9,7 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
+from starlette.types import Receive, Scope, Send
 
+from deploy.http_limits import RequestDeadline
 from deploy.http_options import HttpOptions
 from tests.deploy.http_client import client_of, is_openai_error
 
@@ -218,6 +220,13 @@ async def test_unknown_routes_and_methods(make_api: MakeApi) -> None:
         assert "GET" in response.headers["allow"]
 
 
+async def test_a_slash_too_many_is_another_route(make_api: MakeApi) -> None:
+    async with client_of(make_api().app()) as client:
+        refused(await client.post("/v1/completions/", json=GOOD), 404, "not_found")
+        refused(await client.get("/health/"), 404, "not_found")
+        refused(await client.get("/v1/models/"), 404, "model_not_found")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_request_that_takes_too_long(make_api: MakeApi, stream: bool) -> None:
     api = make_api(ids=[70] * 200, delay=0.02)
@@ -241,3 +250,19 @@ async def test_a_request_that_takes_too_long(make_api: MakeApi, stream: bool) ->
         assert sequence.aborted
         assert api.service._admission.live == 0
         assert (await client.get("/health")).status_code == 200
+
+
+async def test_the_server_itself_has_no_deadline() -> None:
+    ended = []
+
+    async def served(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.1)
+        ended.append(scope["type"])
+
+    deadline = RequestDeadline(served, seconds=0.01)
+    await deadline({"type": "lifespan"}, asyncio.Event().wait, refuse_to_send)  # type: ignore[arg-type]
+    assert ended == ["lifespan"]
+
+
+async def refuse_to_send(message: Any) -> None:
+    raise AssertionError(message)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,10 +11,16 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.handle_calls import HandleCalls
+from deploy.http_api import build_api
 from router.layer_totals import LayerTotals
 from router.step import EngineLoad
 from shards.client import SequenceRefused
+from shards.logs import JsonLines
+from tests.deploy.conftest import running_service
 from tests.deploy.http_client import client_of, post
+from tests.deploy.test_request_log import logged
+from tests.tiny import write_tiny
 
 USER = [{"role": "user", "content": "Hi"}]
 MakeApi = Callable[..., Any]
@@ -120,6 +127,8 @@ async def test_a_clients_words_never_become_labels(make_api: MakeApi) -> None:
     assert at(samples, "requests_total", route="other", status="404") == 1
     assert at(samples, "requests_total", route="/v1/models", status="401") == 1
     assert at(samples, "requests_total", route="/v1/models", status="405") == 1
+    assert at(samples, "errors_total", code="not_found") == 1
+    assert at(samples, "errors_total", code="method_not_allowed") == 1
     assert at(samples, "errors_total", code="model_not_found") == 2
     assert at(samples, "errors_total", code="invalid_api_key") == 1
     # Only this request itself is still under way.
@@ -144,6 +153,25 @@ async def test_refusals_and_errors_inside_a_stream(make_api: MakeApi) -> None:
     reply = await post(api, "/v1/completions", {"prompt": [5], "stream": True, "max_tokens": 9})
     assert reply.status_code == 200
     assert at(await scrape(api), "errors_total", code="sequence_refused") == 1
+
+
+async def test_prompts_that_are_not_continued_count_too(tmp_path: Path) -> None:
+    with running_service(write_tiny("jamba", tmp_path, classifier=True)) as service:
+        with logged(JsonLines()) as sink:
+            async with client_of(build_api(service)) as client:
+                body = {"input": [[5, 6, 7], [8, 9]]}
+                reply = await client.post("/v1/classify", json=body)
+                assert reply.json()["usage"]["prompt_tokens"] == 5
+            answer = await HandleCalls(service).answer("forward", {"input_ids": [[5, 6, 7, 8]]})
+            assert answer["logits"].shape[0] == 1
+        text = service.metrics.text().decode()
+    records = [json.loads(line) for line in sink.getvalue().splitlines()]
+    assert [(each["route"], each["prompt_tokens"]) for each in records] == [
+        ("/v1/classify", 5),
+        ("handle.forward", 4),
+    ]
+    assert 'conclave_prompt_tokens_total{replica_id=""} 9.0' in text
+    assert 'conclave_queue_time_seconds_count{replica_id=""} 3.0' in text
 
 
 async def test_the_documentation_lists_every_metric(make_api: MakeApi) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import logging
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,6 +107,18 @@ async def test_one_access_record_per_request(make_api: MakeApi) -> None:
     assert "private" not in sink.getvalue()
 
 
+async def test_the_record_of_a_path_that_is_none_of_ours(make_api: MakeApi) -> None:
+    with logged(JsonLines()) as sink:
+        async with client_of(make_api().app()) as client:
+            await client.get("/nowhere")
+            await client.get("/v1/completions")
+    records = [json.loads(line) for line in sink.getvalue().splitlines()]
+    assert [(record["status"], record["error_code"]) for record in records] == [
+        (404, "not_found"),
+        (405, "method_not_allowed"),
+    ]
+
+
 async def test_nothing_of_a_request_is_logged_but_its_figures(make_api: MakeApi) -> None:
     api = make_api("a very private answer", error=RuntimeError("boom"))
     api.client.script = lambda prompt, sampling: [70, 71]
@@ -152,6 +165,25 @@ def test_json_lines_are_whole_whatever_is_logged() -> None:
     assert record["message"] == "it broke\n\ud800"
     assert record["request_id"] == 'quo"te'
     assert "ValueError: two\nlines" in record["exception"]
+
+
+@pytest.mark.parametrize("formatter", [TextLines(), JsonLines()])
+def test_tracebacks_are_whole_where_print_is_replaced(
+    formatter: logging.Formatter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError as error:
+        expected = "".join(traceback.format_exception(error))
+        monkeypatch.setattr("builtins.print", lambda *args, **kwargs: None)
+        with logged(formatter) as sink:
+            logging.getLogger("conclave.x").exception("it broke")
+    shown = sink.getvalue()
+    if isinstance(formatter, JsonLines):
+        shown = json.loads(shown)["exception"]
+    assert shown.rstrip().endswith(expected.rstrip())
+    assert expected.startswith("Traceback")
+    assert "in test_tracebacks" in expected
 
 
 def test_both_formats_can_be_chosen(capsys: pytest.CaptureFixture[str]) -> None:

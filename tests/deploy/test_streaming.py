@@ -177,6 +177,39 @@ async def test_a_client_that_is_gone_before_the_headers_aborts_too(make_api: Mak
     assert api.service._admission.live == 0
 
 
+async def test_nothing_spins_while_a_client_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_chunks() -> AsyncGenerator[Any, None]:
+        for chunk in ():
+            yield chunk
+
+    async def one_event() -> AsyncGenerator[bytes, None]:
+        await asyncio.sleep(0.05)
+        yield b"data: 1\n\n"
+
+    blocked, freed, naps = asyncio.Event(), asyncio.Event(), []
+    plain_sleep = asyncio.sleep
+
+    async def sleep(seconds: float) -> None:
+        if blocked.is_set():
+            naps.append(seconds)
+        await plain_sleep(max(seconds, 0.001))
+
+    async def send(message: Any) -> None:
+        if message.get("body", b"").startswith(b"data"):
+            blocked.set()
+            await freed.wait()
+
+    monkeypatch.setattr("deploy.event_stream.asyncio.sleep", sleep)
+    response = EventStream(one_event(), PatientStream(no_chunks()), 0.02)
+    never = asyncio.Event().wait
+    answering = asyncio.create_task(response({"type": "http"}, never, send))  # type: ignore[arg-type]
+    while len(naps) < 3:
+        await plain_sleep(0.01)
+    freed.set()
+    await answering
+    assert min(naps) > 0
+
+
 async def test_what_waits_for_a_reader_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(group_stream, "MAX_BEHIND", 5)
     aborted: list[bool] = []

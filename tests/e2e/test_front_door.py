@@ -6,6 +6,7 @@ import asyncio
 import json
 import socket
 import statistics
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import httpx
 import openai
 import pytest
 
-from tests.e2e.conftest import Server, serving
+from tests.e2e.conftest import Server, serving, wait_until
 
 pytestmark = pytest.mark.e2e
 MODEL = "nano-jamba"
@@ -51,6 +52,8 @@ def test_keys_pages_and_unknown_fields(server: Server, http: httpx.Client) -> No
     for path in ("/health", "/ready"):
         response = httpx.head(server.url + path)
         assert (response.status_code, response.content) == (200, b"")
+    assert httpx.get(f"{server.url}/-/routes").json() == {"/": MODEL}
+    assert httpx.get(f"{server.url}/-/healthz").text == "success"
     preflight = {"Origin": PAGE, "Access-Control-Request-Method": "POST"}
     response = httpx.options(f"{server.url}/v1/completions", headers=preflight)
     assert response.status_code == 204
@@ -77,6 +80,37 @@ def test_bodies_that_are_too_large_or_too_slow(server: Server, http: httpx.Clien
         assert answer.startswith(b"HTTP/1.1 408"), answer
         connection.close()
     assert http.get("/health").json() == {"state": "ready"}
+
+
+def test_clients_that_leave_while_their_body_is_read(server: Server, http: httpx.Client) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer k\r\n"
+    before = _ended(http)
+    for wait_ms in range(60):  # whatever of the server is at work when they leave
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(head.encode() + b"Content-Length: 100000\r\n\r\n{")
+            time.sleep(wait_ms % 20 / 1000)
+            connection.sendall(b" " * 20_000)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    assert wait_until(lambda: _samples(http, "requests_in_progress") == 1, 10)
+    after = _ended(http)
+    assert after["499"] > before["499"]
+    assert after["500"] == before["500"]
+
+
+def _ended(http: httpx.Client) -> dict[str, float]:
+    route = 'route="/v1/completions"'
+    return {
+        status: _samples(http, "requests_total", route, f'status="{status}"')
+        for status in ("499", "500")
+    }
+
+
+def _samples(http: httpx.Client, name: str, *labels: str) -> float:
+    """The sum of a metric's series that have `labels`."""
+    lines = [line for line in http.get("/metrics").text.splitlines() if name in line]
+    chosen = [line for line in lines if line[0] != "#" and all(each in line for each in labels)]
+    return sum(float(line.rsplit(" ", 1)[1]) for line in chosen)
 
 
 async def test_a_client_that_honours_retry_after_is_served(server: Server) -> None:
