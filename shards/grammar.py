@@ -23,8 +23,8 @@ _SILENT = 0
 _NUM_KEPT = 32
 _MOST_KEPT_CHARS = 1 << 20
 _MOST_ITEMS = 1100
-"""Ways in which what was written so far can be read; a mask's time grows with their square. A choice
-of 1,000 has so many, any other honest grammar a few dozen."""
+"""Ways in which what was written so far can be read; a mask's time grows with their square. A
+choice of 1,000 has so many, any other honest grammar a few dozen."""
 _NO_TOKENIZER = "grammar: this model has no tokenizer, so nobody knows what its tokens spell"
 
 
