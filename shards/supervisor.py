@@ -31,6 +31,7 @@ class Supervisor:
         self._relinks = Relinks()
         self._epoch = 0
         self._epoch_open = False
+        self._epoch_judged = True
         self._caches_lost = True
         self._round = 0
         self._awaiting: set[str] = set()
@@ -70,7 +71,7 @@ class Supervisor:
         if self._awaiting:
             return []
         self._epoch += 1
-        self._epoch_open = True
+        self._epoch_open, self._epoch_judged = True, False
         self._refresh_state()
         begin = Control(epoch=self._epoch, keep_cache=not self._caches_lost)
         self._caches_lost = False
@@ -99,6 +100,7 @@ class Supervisor:
         """End this epoch, in which nobody died, and begin another."""
         if self._is_over:
             return []
+        self._epoch_judged = True
         actions = self._end_epoch() + self._connect_everyone()
         self._refresh_state()
         return actions
@@ -116,6 +118,7 @@ class Supervisor:
             return actions + self._give_up(f"{spec.peer}: {reason}")
         self._caches_lost |= spec.role in (Role.ENGINE, Role.STAGE)
         if spec.role is not Role.EXPERT:
+            self._epoch_judged = True
             actions += self._end_epoch()
         elif self._epoch_open:
             actions += self._publish()
@@ -130,7 +133,9 @@ class Supervisor:
         who dies next must have started since, unless everyone was alive in between.
         """
         spec = member.spec
-        runs = self._epoch_open and member.started is not None
+        # That a step was lost is often heard before the death that lost it: the epoch has ended
+        # by then, and this death is still the one to judge what ran in it.
+        runs = not self._epoch_judged and member.started is not None
         blames = runs and max(member.start_no, self._whole_no) > self._blamed_no
         if blames:
             self._num_events += 1

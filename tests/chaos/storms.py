@@ -21,7 +21,7 @@ from tests.groups import Answer
 RATE = 6.0
 REQUESTS = tuple(draw_requests(7, 24))
 PACE = Pace(pause=0.5, patience=20.0)
-LAYOUT: dict[str, Any] = {"stages": 2, "expert_shards": 2, "expert_replicas": 2}
+LAYOUT: dict[str, Any] = {"stages": 2, "expert_shards": 4, "expert_replicas": 2}
 
 
 @cache

@@ -200,7 +200,11 @@ def test_what_is_left_behind_is_found() -> None:
     before = os.environ.copy()
     try:
         belongings = Belongings()
-        child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        code = "print(flush=True); input()"
+        pipe = subprocess.PIPE
+        child = subprocess.Popen([sys.executable, "-c", code], stdin=pipe, stdout=pipe)
+        assert child.stdout is not None
+        assert child.stdout.readline(), "only a program that runs has its environment"
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         listener.bind(f"\0conclave-left-{os.getpid()}")
         listener.listen()

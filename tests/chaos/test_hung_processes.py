@@ -7,6 +7,6 @@ from tests.chaos.storms import assert_unnoticed, run_storm
 
 
 def test_nobody_notices_a_hung_process() -> None:
-    faults = [Fault("stop", "expert", 1), Fault("stop", "stage", 1)]
+    faults = [Fault("stop", "expert", 2), Fault("stop", "stage", 1)]
     account = run_storm("nano-jamba", lambda _: iter(faults))
     assert_unnoticed(account, faults=2)

@@ -34,7 +34,5 @@ async def test_it_fails_alone(options: dict[str, int], monkeypatch: pytest.Monke
         await healed(group)
         deaths = {f"{w.role}-{w.index}": w.deaths for w in group.workers() if w.deaths}
         assert list(deaths) == ["engine-0" if "executor" in options else "stage-0"]
-        # Five where nothing else runs (`Suspects` are counted by tests of their own); on a busy
-        # machine more die before it is told what they had begun.
-        assert sum(deaths.values()) <= 15
+        assert sum(deaths.values()) <= 2 + 3
         assert await ask_all(group, PROMPTS, GREEDY) == expected

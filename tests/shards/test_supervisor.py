@@ -353,6 +353,28 @@ def test_of_one_event_only_the_first_death_blames_what_was_running() -> None:
     assert not blames("stage-0"), "nothing ran yet"
 
 
+def test_a_death_is_blamed_though_its_lost_step_is_heard_first() -> None:
+    world = World(group_spec())
+    world.settle()
+
+    def blames(peer: str) -> bool:
+        world.die(peer, world.now)
+        return world.deaths[-1].blames
+
+    world.do(world.supervisor.on_step_lost(1, world.now))
+    assert not world.open
+    assert blames("stage-0"), "it may have died of that step"
+    assert not blames("stage-1"), "of one event the first"
+    world.settle()
+    world.do(world.supervisor.on_step_lost(2, world.now))
+    world.settle()
+    assert world.epochs == [1, 2, 3]
+    assert blames("stage-0"), "a new epoch runs"
+    world.settle()
+    world.do(world.supervisor.new_epoch())
+    assert not blames("stage-0"), "the epoch had ended before, and not of a lost step"
+
+
 def test_measured_caches_are_decided_once_by_whoever_saw_least() -> None:
     world = World(group_spec(measured=True))
     for peer, free in {"stage-0": 1 << 20, "expert-1": 20 << 10}.items():
