@@ -35,7 +35,7 @@ def _references(schema: object) -> Iterator[str]:
         if isinstance(node, Mapping):
             if isinstance(ref := node.get("$ref"), str):
                 yield ref
-            todo += reversed(node.values())
+            todo += reversed(list(node.values()))
         elif isinstance(node, list):
             todo += reversed(node)
 
@@ -75,7 +75,9 @@ def _needed_parts(schema: Mapping[str, Any]) -> list[Any]:
     if schema.get("type") == "object":
         properties = schema.get("properties")
         names = [name for name in _list(schema, "required") if isinstance(name, str)]
-        return [properties[n] for n in names if n in properties] if _is_object(properties) else []
+        if not isinstance(properties, Mapping):
+            return []
+        return [properties[name] for name in names if name in properties]
     if schema.get("type") == "array" and _is_positive(schema.get("minItems")):
         firsts = _list(schema, "prefixItems")
         return firsts[:1] if firsts else [schema.get("items")]
@@ -85,10 +87,6 @@ def _needed_parts(schema: Mapping[str, Any]) -> list[Any]:
 def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
     value = schema.get(key)
     return value if isinstance(value, list) else []
-
-
-def _is_object(value: object) -> bool:
-    return isinstance(value, Mapping)
 
 
 def _is_positive(value: object) -> bool:

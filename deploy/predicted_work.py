@@ -38,10 +38,9 @@ def text_size(
     request: ChatRequest | CompletionRequest | ClassifyRequest | TokenizeRequest,
 ) -> int:
     """Characters that are to be tokenized, more or less: what a template adds is not known."""
-    if isinstance(request, TokenizeRequest) and request.messages is None:
-        return len(request.prompt or "")
     if isinstance(request, CompletionRequest) or request.messages is None:
-        return sum(len(given) for given in request.prompts if isinstance(given, str))
+        texts = [request.prompt or ""] if isinstance(request, TokenizeRequest) else request.prompts
+        return sum(len(text) for text in texts if isinstance(text, str))
     also = (getattr(request, "tools", None), request.documents, request.chat_template_kwargs)
     return sum(map(_chars, request.messages)) + sum(len(repr(each)) for each in also if each)
 
