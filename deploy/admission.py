@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import insort
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import NoReturn
 
 from deploy.openai_errors import ApiError
-from deploy.queue_forecast import Demand, Turn, forecast
+from deploy.queue_forecast import Demand, Queue
 from deploy.service_rates import ServiceRates
 from router.step import EngineLoad
 
@@ -18,6 +21,8 @@ _UNKNOWN_RETRY_S = 1.0
 _UNKNOWN_ANSWER_S = 0.5
 """What an answer is taken to last before the first one has ended."""
 _UNLIMITED = 2**62
+_FRESH_S = 0.02
+"""An outlook on hundreds of sequences takes a millisecond, and a storm asks a thousand times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +45,11 @@ class AdmissionLimits:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Ticket:
-    """One admitted sequence."""
+    """One admitted sequence; its `work` is a guess until it is settled."""
 
     work: Work
     arrived: float
+    """At the engine, once it is settled."""
     seated: bool
     """Whether it found a free seat, so that its first token's time tells of its prompt alone."""
     first: float | None = None
@@ -64,6 +70,7 @@ class Admission:
         self.num_refused = 0
         self._live: dict[Ticket, None] = {}
         self._last_prefill = self._promised = -math.inf
+        self._seen: _Outlook | None = None
 
     @property
     def live(self) -> int:
@@ -79,20 +86,18 @@ class Admission:
         """
         limits = self.limits
         self.check_number(len(works), param)
+        if not self._live:
+            self._seen = None
+            return
         excess = self.live + len(works) - limits.num_seats - limits.max_waiting
-        demands = [self._demand(ticket.work, ticket) for ticket in self._in_order()]
-        newcomer = self._demand(works[0])
+        outlook = self._outlook(now, load)
         # One after the other they would not take longer: nothing to predict.
-        total_s = sum(demand.prefill_s + demand.decode_s for demand in demands)
-        if excess <= 0 and total_s <= limits.max_queue_s:
+        if excess <= 0 and outlook.total_s <= limits.max_queue_s:
             return
-        seats, blocks = self._capacity(load)
-        *turns, mine = forecast([*demands, newcomer], seats, blocks)
-        if excess <= 0 and mine.begins <= limits.max_queue_s:
+        begins = outlook.queue.turn_of(self._demand(works[0])).begins
+        if excess <= 0 and begins <= limits.max_queue_s:
             return
-        self.num_refused += 1
-        room_s = max(mine.begins - limits.max_queue_s, _nth_end(turns, excess))
-        raise self._overloaded(mine.begins, self._promise(works, now, room_s, seats))
+        self._refuse(works, now, begins, max(begins - limits.max_queue_s, outlook.end_of(excess)))
 
     def check_number(self, num_sequences: int, param: str | None) -> None:
         """Raises ApiError 400 for more sequences in one request than there may ever be."""
@@ -115,13 +120,36 @@ class Admission:
     def begin(self, works: Sequence[Work], now: float) -> list[Ticket]:
         """Count sequences in; each must be ended."""
         tickets = []
+        if self.live < self.limits.num_seats:
+            # Whoever was told to come later could have come now: most of them never will.
+            self._promised = -math.inf
         for work in works:
             seated = self.live < self.limits.num_seats
             ticket = Ticket(work=work, arrived=now, seated=seated)
             self._live[ticket] = None
             tickets.append(ticket)
+            if self._seen is not None:
+                self._seen.add(self._demand(work))
         self.num_admitted += len(tickets)
         return tickets
+
+    def settle(
+        self, tickets: Sequence[Ticket], works: Sequence[Work], now: float, load: EngineLoad
+    ) -> None:
+        """What they really ask for is known, and the engine gets them now.
+
+        Raises ApiError 429 where they would wait too long behind those that came before them.
+        """
+        for ticket, work in zip(tickets, works, strict=True):
+            ticket.work, ticket.arrived = work, now
+        if self._outlook(now, load).total_s <= self.limits.max_queue_s:
+            return
+        queue = Queue(*self._capacity(load))
+        for ticket in takewhile(lambda other: other is not tickets[0], self._in_order()):
+            queue.add(self._demand(ticket.work, ticket))
+        begins = queue.add(self._demand(works[0])).begins
+        if begins > self.limits.max_queue_s:
+            self._refuse(works, now, begins, begins - self.limits.max_queue_s)
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """A sequence's prompt has been computed."""
@@ -134,9 +162,20 @@ class Admission:
     def end(self, ticket: Ticket, now: float) -> None:
         """A sequence is no longer under way, for whatever reason."""
         del self._live[ticket]
+        if ticket.first is None:  # it may have been refused, its work no more than a guess
+            return
         self.rates.saw_prompt(ticket.work.prompt_tokens)
-        if ticket.first is not None and ticket.work.max_tokens:
+        if ticket.work.max_tokens:
             self.rates.saw_answer(ticket.emitted, now - ticket.first)
+
+    def _outlook(self, now: float, load: EngineLoad) -> _Outlook:
+        """The latest one while it is fresh."""
+        key = (load.total_slots, load.total_blocks)
+        seen = self._seen
+        if seen is None or seen.key != key or not 0 <= now - seen.at <= _FRESH_S:
+            demands = (self._demand(ticket.work, ticket) for ticket in self._in_order())
+            seen = self._seen = _Outlook(now, key, Queue(*self._capacity(load)), demands)
+        return seen
 
     def _in_order(self) -> list[Ticket]:
         """Those that surely run, then the others as they came."""
@@ -172,11 +211,16 @@ class Admission:
         shared = max(0, held - load.used_blocks) if load.running >= len(running) else 0
         return seats, load.total_blocks + shared
 
-    def _promise(self, works: Sequence[Work], now: float, room_s: float, seats: int) -> float:
+    def _refuse(self, works: Sequence[Work], now: float, wait_s: float, room_s: float) -> NoReturn:
+        self.num_refused += 1
+        raise self._overloaded(wait_s, self._promise(works, now, room_s))
+
+    def _promise(self, works: Sequence[Work], now: float, room_s: float) -> float:
         """Seconds until this request should come again, behind others that were sent away.
 
         Who is told the same second as all others finds the room taken.
         """
+        seats = self.limits.num_seats
         demands = [self._demand(work) for work in works]
         takes = sum(demand.prefill_s + demand.decode_s / seats for demand in demands)
         least = _MIN_RETRY_S
@@ -200,7 +244,27 @@ class Admission:
         )
 
 
-def _nth_end(turns: Sequence[Turn], count: int) -> float:
-    """Seconds until `count` of them have ended."""
-    ends = sorted(turn.ends for turn in turns)
-    return ends[min(count, len(ends)) - 1] if count > 0 and ends else 0.0
+class _Outlook:
+    """All live sequences played forward, and who was let in since."""
+
+    def __init__(
+        self, at: float, key: tuple[int, int], queue: Queue, demands: Iterable[Demand]
+    ) -> None:
+        self.at = at
+        self.key = key
+        """What the engine has at all, which tells one engine from its successor."""
+        self.queue = queue
+        self.total_s = 0.0
+        """Of one after the other."""
+        self._ends: list[float] = []
+        for demand in demands:
+            self.add(demand)
+
+    def add(self, demand: Demand) -> None:
+        """One more, behind all others."""
+        self.total_s += demand.prefill_s + demand.decode_s
+        insort(self._ends, self.queue.add(demand).ends)
+
+    def end_of(self, count: int) -> float:
+        """Seconds until `count` of them have ended."""
+        return self._ends[min(count, len(self._ends)) - 1] if count > 0 and self._ends else 0.0

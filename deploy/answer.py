@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from deploy.admission import Work
-from deploy.gate import Gate
+from deploy.gate import Place
 from deploy.generation import ChoicePlan, Delta, run_choices
 from deploy.metrics import AnswerMeter
 from deploy.openai_errors import (
@@ -44,7 +44,7 @@ log = logging.getLogger("conclave.ingress")
 
 
 class Answer:
-    """Runs the plans of one request; use `collect` or `stream`, once.
+    """Runs the plans of one request; use `collect` or `stream`, once. Its end leaves the `place`.
 
     What holds a prompt's log-probabilities, often many objects, is built off the loop.
     """
@@ -52,14 +52,14 @@ class Answer:
     def __init__(
         self,
         client: ModelClient,
-        gate: Gate,
+        place: Place,
         context: ReplyContext,
         plans: Sequence[ChoicePlan],
         prompts: Sequence[tuple[int, ...]],
         meter: AnswerMeter,
     ) -> None:
         self._client = client
-        self._gate = gate
+        self._place = place
         self._context = context
         self._plans = plans
         self._prompts = prompts
@@ -111,17 +111,18 @@ class Answer:
         return await asyncio.to_thread(chunk_choice, self._context, plan, delta)
 
     async def _deltas(self) -> AsyncGenerator[Delta, None]:
-        with self._gate.hold(works(self._plans)) as held:
+        try:
             self._meter.start(self._prompts)
             deltas = run_choices(self._client, self._plans, self._context.tokenizer)
             async with aclosing(deltas):
-                try:
-                    async for delta in deltas:
-                        held.saw_token(delta.index)
-                        self._meter.see(delta)
-                        yield delta
-                except SEQUENCE_ERRORS as error:
-                    raise api_error(error) from error
+                async for delta in deltas:
+                    self._place.saw_token(delta.index)
+                    self._meter.see(delta)
+                    yield delta
+        except SEQUENCE_ERRORS as error:
+            raise api_error(error) from error
+        finally:
+            self._place.leave()
 
     def _body(self, replies: Sequence[ChoiceReply]) -> Json:
         context = self._context

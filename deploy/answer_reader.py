@@ -54,9 +54,10 @@ class AnswerReader:
         return self._splitter is not None and self._splitter.thinking
 
     @property
-    def has_calls(self) -> bool:
-        """Whether the model has called a tool."""
-        return self._parser is not None and self._parser.num_calls > 0
+    def has_called(self) -> bool:
+        """Whether the model has called tools, and the answer ended behind the last call."""
+        parser = self._parser
+        return parser is not None and parser.num_calls > 0 and not parser.is_cut
 
     @property
     def done(self) -> bool:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from deploy.compute import Computation
 from deploy.field_warnings import field_warnings
 from deploy.losses import MULTI_LABEL, REGRESSION, Floats, softmax
 from deploy.model_facts import LabelSet
@@ -16,6 +17,7 @@ from deploy.openai_replies import usage
 from deploy.openai_schema import ClassifyRequest
 from deploy.prompts import chat_prompt, check_tokens, text_prompts, too_long
 from deploy.served_model import ServedModel
+from router.step import Want
 
 
 def pooled_position(token_ids: Sequence[int], pad_token_id: int | None) -> int:
@@ -55,6 +57,20 @@ def classification(index: int, scores: Floats, label_set: LabelSet, *, raw: bool
         "probs": _plain(scores) if raw else probabilities(scores, label_set),
         "num_classes": len(scores),
     }
+
+
+def classify_computations(
+    inputs: Iterable[tuple[int, ...]], label_set: LabelSet, priority: int
+) -> list[Computation]:
+    """One per input: its pooled position is scored."""
+    return [
+        Computation(
+            tokens=tokens,
+            want=Want(score_position=pooled_position(tokens, label_set.pad_token_id)),
+            priority=priority,
+        )
+        for tokens in inputs
+    ]
 
 
 def classify_inputs(

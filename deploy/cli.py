@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 cannot serve, 2 usage, 130 interrupted.
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Annotated, Any
 import typer
 
 from deploy.api_keys import with_environment_key
-from deploy.config import ConfigError, parse_args
+from deploy.config import ConfigError, parse_args, take_address
 from deploy.printable import printable
+from deploy.tell import tell
+from shards.logs import log_to_stderr
 
 # Heavy imports (torch, ray, rich) are inside the commands: a usage error answers at once.
 app = typer.Typer(
@@ -35,8 +38,8 @@ def _option(*names: str, help: str) -> Any:
 @app.command()
 def serve(
     model: Annotated[list[str], typer.Argument(help="Checkpoint folder or nano model.")],
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 8000,
+    host: Annotated[str | None, _option("--host", help="Address to listen on; 127.0.0.1.")] = None,
+    port: Annotated[str | None, _option("--port", help="Port to listen on; 8000.")] = None,
     config: Annotated[Path | None, _option("--config", help="YAML file of these options.")] = None,
     served_model_name: Annotated[
         str | None, _option("--served-model-name", help="Default: the folder's name.")
@@ -161,18 +164,20 @@ def serve(
     log_format: Annotated[str | None, _option("--log-format", help="text, json.")] = None,
 ) -> None:
     """Serve one model until SIGTERM; prints `ready on http://HOST:PORT` when it can answer."""
-    given = {key: value for key, value in locals().items() if key not in ("host", "port", "config")}
+    given = {key: value for key, value in locals().items() if key != "config"}
     if len(model) > 1:
         raise ConfigError(f"model={' '.join(model)}: allowed values are one MODEL per server")
     options = _read_config(config) | {k: v for k, v in given.items() if v is not None and v != []}
     options["model"] = model[0]
+    address, options = take_address(options)
     args = parse_args(with_environment_key(options))
+    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()], args.log_format)
 
     from deploy.resolve import model_folder
     from deploy.server import serve_forever
 
     model_folder(args.model)
-    sys.exit(serve_forever(args, host, port))
+    sys.exit(serve_forever(args, address.host, address.port))
 
 
 @app.command()
@@ -309,7 +314,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"conclave: {message}", file=sys.stderr)
+    tell(message, logging.ERROR)
     return code
 
 

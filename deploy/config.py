@@ -211,6 +211,25 @@ def parse_options(kind: type[Options], options: Mapping[str, Any]) -> Options:
         raise ConfigError(_sentence(error.errors(include_url=False)[0], fields)) from None
 
 
+class Address(BaseModel):
+    """Where the command line's own web server listens; elsewhere Serve's options say it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535)] = 8000
+
+
+def take_address(options: Mapping[str, Any]) -> tuple[Address, dict[str, Any]]:
+    """The address among the command line's options, and the others. Raises ConfigError."""
+    mine = {key: options[key] for key in Address.model_fields if key in options}
+    others = {key: value for key, value in options.items() if key not in mine}
+    try:
+        return Address(**mine), others
+    except ValidationError as error:
+        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+
+
 def _refusal(key: str, value: object, allowed: tuple[object, ...], why: str = "") -> str:
     shown = ", ".join(str(option).lower() if option is False else str(option) for option in allowed)
     text = str(value).lower() if isinstance(value, bool) else value

@@ -195,11 +195,11 @@ class ChoiceText:
 
 
 def _read(reader: AnswerReader, delta: Delta) -> Delta:
-    """The delta with its text divided into parts; calls that are made are why an answer ends."""
+    """The delta with its text divided into parts; calls that are made are why it ends."""
     was_thinking = reader.thinking
     parts = reader.push(delta.text, last=delta.finish is not None)
     finish = delta.finish
-    if reader.done or (reader.has_calls and finish == str(FinishReason.STOP)):
+    if reader.done or (reader.has_called and finish == str(FinishReason.STOP)):
         finish = _TOOL_CALLS
     return replace(
         delta,

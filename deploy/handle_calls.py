@@ -99,7 +99,10 @@ class _Call:
     def _failed(self, error: ApiError) -> Json:
         self.record.fail(error)
         self.record.status = error.status
-        return error.body()
+        body = error.body()
+        if error.retry_after is not None:  # which HTTP says in headers
+            body["error"]["retry_after_s"] = error.retry_after
+        return body
 
 
 def _streams(body: object) -> bool:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from shards.logs import shown_format
+
 log = logging.getLogger("conclave.loading")
 
 _POLL_S = 0.25
@@ -28,7 +30,7 @@ def loading_shown(name: str, total: int, poll: Callable[[], int]) -> Iterator[No
 
     The bar is gone when the block ends, however it ends. A `poll` that fails ends it early.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or shown_format() == "json":
         with _polling(poll, _log_lines(name, total)):
             yield
         return

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -16,7 +15,6 @@ from deploy.unsupported import KNOWN_FIELDS, refuse_unsupported
 from deploy.validation_errors import validation_error
 
 INT64 = 2**63
-_SURROGATE = re.compile("[\ud800-\udfff]")
 MAX_LOGPROBS = 20
 MAX_CHOICES = 128
 MAX_STOP = 4096
@@ -222,7 +220,6 @@ def parse_request(kind: type[Request], body: object, *, strict: bool = False) ->
     """
     if not isinstance(body, Mapping) or not all(isinstance(key, str) for key in body):
         raise ApiError("the request body must be a JSON object")
-    _refuse_surrogates(body)
     refuse_unsupported(body, kind.model_fields)
     try:
         request = kind.model_validate({k: v for k, v in body.items() if v is not None})
@@ -244,14 +241,6 @@ def parse_request(kind: type[Request], body: object, *, strict: bool = False) ->
     if isinstance(request, ChatRequest | ClassifyRequest):
         refuse_continuation(request.continue_final_message, request.add_generation_prompt)
     return request
-
-
-def _refuse_surrogates(names: Iterable[str]) -> None:
-    # Pydantic refuses them too, but does not say which name it is.
-    for name in names:
-        if _SURROGATE.search(name):
-            shown = name.encode("ascii", "backslashreplace").decode()
-            raise ApiError(f"{shown}: a field's name must be valid Unicode", param=shown)
 
 
 def _refuse_combinations(request: ChatRequest | CompletionRequest) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from deploy.admission import Work
 from deploy.message_schema import Message
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest
+from deploy.tokenize_schema import TokenizeRequest
 
 _CHARS_PER_TOKEN = 4
 """Of English; others have fewer, so this promises too little work rather than too much."""
@@ -33,6 +34,17 @@ def num_sequences(request: ChatRequest | CompletionRequest | ClassifyRequest) ->
     return len(request.prompts) * (request.n or 1)
 
 
+def text_size(
+    request: ChatRequest | CompletionRequest | ClassifyRequest | TokenizeRequest,
+) -> int:
+    """Characters that are to be tokenized, more or less: what a template adds is not known."""
+    if isinstance(request, CompletionRequest) or request.messages is None:
+        texts = [request.prompt or ""] if isinstance(request, TokenizeRequest) else request.prompts
+        return sum(len(text) for text in texts if isinstance(text, str))
+    also = (getattr(request, "tools", None), request.documents, request.chat_template_kwargs)
+    return sum(map(_chars, request.messages)) + sum(len(repr(each)) for each in also if each)
+
+
 def _prompt_tokens(request: ChatRequest | CompletionRequest | ClassifyRequest) -> list[int]:
     if isinstance(request, CompletionRequest) or request.messages is None:
         return [
@@ -44,9 +56,11 @@ def _prompt_tokens(request: ChatRequest | CompletionRequest | ClassifyRequest) -
 
 def _chars(message: Message) -> int:
     content = message.content
+    also = (message.reasoning_content, message.tool_calls, message.model_extra)
+    beside = sum(len(repr(each)) for each in also if each)
     if isinstance(content, list):
-        return sum(len(part.text) for part in content)
-    return len(content or "")
+        return sum(len(part.text) for part in content) + beside
+    return len(content or "") + beside
 
 
 def _tokens(num_chars: int) -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from deploy.openai_errors import ApiError
+from deploy.surrogates import may_hold_surrogates, refuse_surrogates
 
 MAX_DEPTH = 100
 """Objects and lists inside each other; what reads them (templates, grammars) often recurses."""
@@ -20,7 +21,7 @@ def decode_json(raw: bytes) -> object:
     """The value of a body in UTF-8, with or without a byte-order mark. Raises ApiError 400.
 
     Stricter than Python's own: no NaN, no infinity (also not as 1e999), no name twice in an
-    object, because one of the two values would silently be dropped.
+    object, because one of the two values would silently be dropped, no halves of characters.
     """
     if not raw:
         raise ApiError("the request body is empty: it must be a JSON object")
@@ -43,6 +44,8 @@ def decode_json(raw: bytes) -> object:
         raise _long_integer() from None
     if raw.count(b"[") + raw.count(b"{") > MAX_DEPTH and is_deep(value):
         raise _too_deep()
+    if may_hold_surrogates(raw):
+        refuse_surrogates(value)
     return value
 
 
@@ -64,6 +67,7 @@ def check_json(body: object) -> None:
         raise _too_deep()
     if not isinstance(body, dict | list):
         _check_scalar(body)
+    refuse_surrogates(body)
 
 
 def _children(node: object) -> Iterable[Any]:

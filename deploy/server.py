@@ -7,7 +7,6 @@ import logging
 import re
 import signal
 import socket
-import sys
 import threading
 import time
 import urllib.error
@@ -21,8 +20,8 @@ from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
 from deploy.reservation import num_cpus
 from deploy.resolve import ResolvedArgs, resolve
+from deploy.tell import tell
 from shards.client import GroupFailed
-from shards.logs import log_to_stderr
 
 log = logging.getLogger("conclave.server")
 
@@ -95,8 +94,8 @@ def _print_choices(url: str, api_keys: tuple[str, ...]) -> None:
         log.warning("what the replica has chosen cannot be asked for: %s", error)
         return
     threads = f"threads per actor: {version['threads']}"
-    print(f"conclave: kernels: {version['kernels']}, {threads}", file=sys.stderr)
-    print(f"conclave: {caches}", file=sys.stderr, flush=True)
+    tell(f"kernels: {version['kernels']}, {threads}")
+    tell(caches)
 
 
 def _ask(url: str, api_keys: tuple[str, ...]) -> Any:
@@ -173,9 +172,8 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
     try:
         _check_port(host, port)
     except OSError as error:
-        print(f"conclave: cannot listen on {host}:{port}: {error.strerror}", file=sys.stderr)
+        tell(f"cannot listen on {host}:{port}: {error.strerror}", logging.ERROR)
         return 1
-    log_to_stderr(logging.getLevelNamesMapping()[args.log_level.upper()], args.log_format)
     signals = _Signals()
     signals.install()
     try:
@@ -187,7 +185,7 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
                 serve.start(http_options={"host": host, "port": port})
                 _run(resolved)
             except Exception as error:
-                print(f"conclave: cannot serve: {error}", file=sys.stderr)
+                tell(f"cannot serve: {error}", logging.ERROR)
                 return 1
             signals.serving = True
             url = f"http://{host}:{port}"

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,32 +11,32 @@ import numpy as np
 
 from deploy.admission import Admission, AdmissionLimits, Work
 from deploy.answer import SEQUENCE_ERRORS, Answer, api_error, works
-from deploy.answer_grammar import answer_grammar, asks_grammar, grammar_warnings
-from deploy.classify import classify_body, classify_inputs, pooled_position
+from deploy.answer_grammar import answer_grammar, asks_grammar
+from deploy.classify import classify_body, classify_computations, classify_inputs
 from deploy.compute import Arrays, Computation, StepBudget, compute
 from deploy.dispatch_costs import dispatch_costs
-from deploy.field_warnings import field_warnings
 from deploy.forward import Outputs, plan_forward
-from deploy.gate import Gate
+from deploy.gate import Gate, Place
 from deploy.generation import plan_choices
 from deploy.metrics import AnswerMeter, Metrics
 from deploy.model_facts import ModelFacts
 from deploy.openai_errors import ApiError, Json, not_finite, recovering
-from deploy.openai_replies import ReplyContext
 from deploy.openai_schema import ChatRequest, ClassifyRequest, CompletionRequest, parse_request
 from deploy.patient_stream import PatientStream
-from deploy.predicted_work import num_sequences, predicted_works
+from deploy.predicted_work import num_sequences, predicted_works, text_size
 from deploy.prompts import Echo, Prompt, chat_prompt, text_prompts
-from deploy.request_record import RequestRecord, current_record
+from deploy.reply_context import reply_context
+from deploy.request_record import current_record
 from deploy.served_model import ServedModel
-from deploy.text_threads import TextThreads
-from deploy.tokenization import detokenize_body, tokenize_body
+from deploy.text_threads import TextLanes, TextThreads
+from deploy.tokenization import check_id_count, detokenize_body, tokenize_body
 from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
-from router.step import Want
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores
 
 _WAITING_PER_RUNNING = 16
+_SHORT_ASIDES, _LONG_ASIDES = 64, 4
+"""Texts of /tokenize and /detokenize that wait: they are not admitted as sequences are."""
 
 
 class ApiService:
@@ -72,7 +71,8 @@ class ApiService:
         )
         self._gate = Gate(client, self._admission)
         self._budget = StepBudget()
-        self._text = TextThreads.for_cores(available_cores())
+        self._text = TextLanes(available_cores())
+        self._asides = TextLanes(1, most_waiting=(_SHORT_ASIDES, _LONG_ASIDES))
         # Apart from the others: they wait for each other's turn to be compiled.
         self._grammars = TextThreads(2)
         self._replica_id = replica_id
@@ -100,18 +100,17 @@ class ApiService:
         request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_predicted(request, "n")
-        prompt = await self._text.run(chat_prompt, self._model, request)
-        return await self._answer(request, [prompt])
+        return await self._generate(request, "n", lambda: [chat_prompt(self._model, request)])
 
     async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
         request = parse_request(CompletionRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        self._check_predicted(request, "n" if len(request.prompts) == 1 else "prompt")
-        prompts = await self._text.run(text_prompts, self._model, request, "prompt")
-        return await self._answer(request, prompts)
+        param = "n" if len(request.prompts) == 1 else "prompt"
+        return await self._generate(
+            request, param, lambda: text_prompts(self._model, request, "prompt")
+        )
 
     async def classify(self, body: object) -> Json:
         """/v1/classify: what the classification head says of each input. Raises ApiError."""
@@ -119,17 +118,13 @@ class ApiService:
         self._check_model(request.model)
         label_set = self._facts.need_labels()
         param = "input" if request.messages is None else "messages"
-        self._check_predicted(request, param)
-        inputs = await self._text.run(classify_inputs, self._model, request, param)
-        computations = [
-            Computation(
-                tokens=tokens,
-                want=Want(score_position=pooled_position(tokens, label_set.pad_token_id)),
-                priority=request.priority,
-            )
-            for tokens in inputs
-        ]
-        rows = await self._compute(computations, param)
+        place, size = self._take(request, param)
+        try:
+            inputs = await self._text.run(size, classify_inputs, self._model, request, param)
+            computations = classify_computations(inputs, label_set, request.priority)
+            rows = await self._compute(computations, place)
+        finally:
+            place.leave()
         scores = [row["score"][0].astype(np.float32) for row in rows]
         if not all(np.isfinite(row).all() for row in scores):
             raise not_finite()
@@ -139,20 +134,29 @@ class ApiService:
         """/tokenize: the tokens of a prompt or a chat. Raises ApiError."""
         request = parse_request(TokenizeRequest, body, strict=self.strict)
         self._check_model(request.model)
-        return await self._text.run(tokenize_body, self._model, request)
+        size = text_size(request)
+        return await self._asides.run(size, tokenize_body, self._model, request)
 
     async def detokenize(self, body: object) -> Json:
         """/detokenize: the text of tokens. Raises ApiError."""
+        check_id_count(body, self._model.max_model_len)  # a million types take their time
         request = parse_request(DetokenizeRequest, body, strict=self.strict)
         self._check_model(request.model)
-        return await self._text.run(detokenize_body, self._model, request)
+        size = len(request.tokens)
+        return await self._asides.run(size, detokenize_body, self._model, request)
 
     async def forward(self, body: object) -> Outputs:
         """One forward over a batch, as Transformers defines its outputs. Raises ApiError."""
         batch = await asyncio.to_thread(
             plan_forward, body, self._facts, self._model.max_model_len, self._max_batched_tokens
         )
-        rows = await self._compute(batch.computations(), "input_ids")
+        computations = batch.computations()
+        self._check_ready()
+        place = self._gate.take(_asked(computations), "input_ids")
+        try:
+            rows = await self._compute(computations, place)
+        finally:
+            place.leave()
         return await asyncio.to_thread(batch.outputs, rows)
 
     def models(self) -> Json:
@@ -200,8 +204,21 @@ class ApiService:
                 code="model_not_found",
             )
 
+    async def _generate(
+        self,
+        request: ChatRequest | CompletionRequest,
+        param: str,
+        make_prompts: Callable[[], list[Prompt]],
+    ) -> Json | PatientStream:
+        place, size = self._take(request, param)
+        try:
+            return await self._answer(request, await self._text.run(size, make_prompts), place)
+        except BaseException:
+            place.leave()
+            raise
+
     async def _answer(
-        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
+        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], place: Place
     ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
@@ -210,11 +227,12 @@ class ApiService:
         if asks_grammar(request, reading):
             grammar = await self._grammars.run(answer_grammar, self._model, request, reading)
         plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
-        self._check_room(works(plans), "n")
+        self._check_ready()
+        place.settle(works(plans))
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
-        context = self._context(request, record)
-        answer = Answer(self._client, self._gate, context, plans, token_ids, meter)
+        context = reply_context(self._model, request, record.request_id)
+        answer = Answer(self._client, place, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
         record.stream = True
@@ -231,37 +249,33 @@ class ApiService:
         tokenizer = self._model.tokenizer
         return [Echo.of(prompt, tokenizer, skip_special_tokens=skip) for prompt in prompts]
 
-    async def _compute(self, computations: Sequence[Computation], param: str) -> list[Arrays]:
-        """Run sequences of the request's field `param`. Raises ApiError."""
-        asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
-        self._check_room(asked, param)
+    async def _compute(self, computations: Sequence[Computation], place: Place) -> list[Arrays]:
+        """Run sequences. Raises ApiError."""
+        self._check_ready()
+        place.settle(_asked(computations))
         meter = AnswerMeter(self.metrics, current_record())
-        with self._gate.hold(asked) as held:
-            meter.start([each.tokens for each in computations])
-            try:
-                rows = await compute(self._client, self._budget, computations, meter.waited)
-                for index in range(len(rows)):
-                    held.saw_token(index)
-                return rows
-            except SEQUENCE_ERRORS as error:
-                raise api_error(error) from error
+        meter.start([each.tokens for each in computations])
+        try:
+            rows = await compute(self._client, self._budget, computations, meter.waited)
+        except SEQUENCE_ERRORS as error:
+            raise api_error(error) from error
+        for index in range(len(rows)):
+            place.saw_token(index)
+        return rows
 
     def check_room(self) -> None:
         """Raises ApiError where no request at all would be admitted: 503 or 429."""
         self._check_ready()
         self._gate.check_room()
 
-    def _check_predicted(
+    def _take(
         self, request: ChatRequest | CompletionRequest | ClassifyRequest, param: str
-    ) -> None:
+    ) -> tuple[Place, int]:
+        """A place before anything is tokenized, and about how many characters that will be."""
         # Their number first: a list of all of them may be too long to make.
         self._gate.admission.check_number(num_sequences(request), param)
-        self._check_room(predicted_works(request), param)
-
-    def _check_room(self, asked: Sequence[Work], param: str) -> None:
-        """Once before anything is tokenized, and again when its length is known."""
         self._check_ready()
-        self._gate.check(asked, param)
+        return self._gate.take(predicted_works(request), param), text_size(request)
 
     def _check_ready(self) -> None:
         state, unavailable = self._client.state, self._client.unavailable
@@ -276,27 +290,6 @@ class ApiService:
                 retry_after=5,
             )
 
-    def _context(
-        self, request: ChatRequest | CompletionRequest, record: RequestRecord
-    ) -> ReplyContext:
-        chat = isinstance(request, ChatRequest)
-        options = request.stream_options
-        return ReplyContext(
-            request_id=f"{'chatcmpl' if chat else 'cmpl'}-{record.request_id}",
-            model=self._model.name,
-            created=int(time.time()),
-            tokenizer=self._model.tokenizer,
-            chat=chat,
-            num_logprobs=(
-                request.wanted_logprobs if isinstance(request, ChatRequest) else request.logprobs
-            ),
-            num_prompt_logprobs=request.prompt_logprobs,
-            tokens_as_ids=bool(request.return_tokens_as_token_ids),
-            token_ids=bool(request.return_token_ids),
-            include_usage=options is not None and options.include_usage,
-            continuous_usage=options is not None and options.continuous_usage_stats,
-            warnings=(
-                *field_warnings(self._model, request),
-                *grammar_warnings(self._model, request),
-            ),
-        )
+
+def _asked(computations: Sequence[Computation]) -> list[Work]:
+    return [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]

@@ -33,7 +33,7 @@ class ServiceRates:
         self._prompt = _Ratio()
 
     def saw_prompt(self, num_tokens: int) -> None:
-        """A sequence with such a prompt has ended, in whatever way."""
+        """A sequence with such a prompt has ended, its prompt computed."""
         self._prompt.see(num_tokens, 1)
 
     def saw_prefill(self, num_tokens: int, seconds: float) -> None:

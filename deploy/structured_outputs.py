@@ -14,6 +14,7 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import any_to_lark
 
+from deploy.endless_schema import endless_reference
 from deploy.grammar_check import GRAMMARS, TooComplex
 from deploy.openai_errors import ApiError
 
@@ -61,6 +62,9 @@ def lark_json(
         if isinstance(own, Mapping):
             schema = {**schema, "x-guidance": {**_SPACES, **own, **options}}
     try:
+        if (ref := endless_reference(schema)) is not None:
+            named = f"its $ref {json.dumps(ref)}"
+            raise _refused(param, f"{named} leads back to itself without end: no JSON keeps to it")
         return f"%json {json.dumps(schema, allow_nan=False)}"
     except (ValueError, TypeError, RecursionError) as error:
         raise _refused(param, f"not a JSON schema: {error}") from error

@@ -10,6 +10,16 @@ from deploy.prompts import chat_prompt
 from deploy.served_model import ServedModel
 from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
 
+_ALWAYS_IDS = 1 << 16
+
+
+def check_id_count(body: object, max_model_len: int) -> None:
+    """Raises ApiError for more ids than /detokenize takes, before any of them is looked at."""
+    tokens = body.get("tokens") if isinstance(body, dict) else None
+    bound = max(_ALWAYS_IDS, max_model_len)
+    if isinstance(tokens, list) and len(tokens) > bound:
+        raise ApiError(f"tokens: {len(tokens)} token ids, allowed are {bound}", param="tokens")
+
 
 def tokenize_body(model: ServedModel, request: TokenizeRequest) -> Json:
     """vLLM's answer: `count`, `max_model_len`, `tokens`, `token_strs`. Raises ApiError."""

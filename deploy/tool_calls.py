@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from deploy.json_outline import JsonOutline
 from deploy.tool_arguments import MAX_HEAD, ObjectScanner, read_fields, read_head
 from deploy.tool_formats import (
     UNDECIDED,
@@ -39,6 +40,7 @@ class ToolCallParser:
     A call is announced once its name is known and its arguments begin; they are the model's own
     text up to the bracket that closes them, valid or not, or to the end of an answer that was cut.
     What never becomes a call is content, markers and all; white space that touches a call is not.
+    Where calls are plain JSON, what stands in other JSON is a part of that and no call.
     With `one_call` everything behind the first call is left out, and `done` says when.
     """
 
@@ -60,6 +62,7 @@ class ToolCallParser:
         self._frame: Frame | None = None
         self._calls_in_frame = 0
         self._scanner = ObjectScanner()
+        self._outline = JsonOutline()
         self._space = ""
         """White space that belongs to the content if more of it follows."""
         self._behind_call = False
@@ -67,6 +70,8 @@ class ToolCallParser:
         self._deltas: list[CallDelta] = []
         self.num_calls = 0
         self.done = False
+        self.is_cut = False
+        """Whether the answer ended inside the arguments of its last call."""
 
     def push(self, text: str) -> tuple[str, tuple[CallDelta, ...]]:
         """Content and parts of calls that are now certain."""
@@ -82,6 +87,7 @@ class ToolCallParser:
             text = ""
         elif self._state == self._in_arguments:
             self._add_arguments(text)
+            self.is_cut = True
             text = ""
         elif self._calls_in_frame and self._frame is not None:
             text = text.lstrip(WHITE_SPACE + ",")
@@ -117,9 +123,23 @@ class ToolCallParser:
                 self._frame, self._calls_in_frame = frame, 0
                 self._state, self._at = self._before_call, end - at
                 return True
+            if self._form.is_json and text[at] in "{[":
+                self._say(text[:at])
+                return self._enter_json(text[at:])
         self._say(text)
         self._text = ""
         return False
+
+    def _enter_json(self, text: str) -> bool:
+        self._text, self._outline, self._state = text, JsonOutline(), self._in_json
+        return True
+
+    def _in_json(self) -> bool:
+        """Inside an object or a list that is no frame."""
+        end = self._outline.feed(self._text)
+        self._say(self._text[:end])
+        self._text = self._text[end:]
+        return self._outline.done and self._leave(self._text)
 
     def _before_call(self) -> bool:
         """Inside a frame: the next call begins, or the frame ends."""
@@ -187,6 +207,8 @@ class ToolCallParser:
         """What looked like a frame is none: its text is content, and may hold another one."""
         if self._calls_in_frame:
             return self._leave(self._text)
+        if self._form.is_json and self._text[0] == "{":
+            return self._enter_json(self._text)
         self._say(self._text[0])
         return self._leave(self._text[1:])
 

@@ -36,14 +36,20 @@ class ToolFormat:
     """Texts that many checkpoints have as special tokens; the last one closes."""
 
     @property
+    def is_json(self) -> bool:
+        """Whether calls are JSON like any other, but for the name of a key."""
+        return not self.markers
+
+    @property
     def end_tag(self) -> str | None:
         """What ends calls, however incomplete, unless it stands in a string."""
         return self.markers[-1] if self.markers else None
 
     @cached_property
     def first_chars(self) -> re.Pattern[str]:
-        """Finds where a frame may open."""
-        return re.compile("[" + re.escape("".join({f.opening[0][0] for f in self.frames})) + "]")
+        """Finds where a frame, or JSON that is none, may open."""
+        chars = {frame.opening[0][0] for frame in self.frames} | ({"["} if self.is_json else set())
+        return re.compile("[" + re.escape("".join(sorted(chars))) + "]")
 
 
 JAMBA = ToolFormat(

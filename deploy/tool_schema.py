@@ -19,6 +19,7 @@ from pydantic import (
 from deploy.closed_model import Closed
 from deploy.openai_errors import ApiError
 from deploy.request_json import is_deep
+from deploy.surrogates import refuse_surrogates
 
 MAX_TOOLS = 128
 FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
@@ -143,7 +144,13 @@ def _parsed(text: str) -> str | dict[str, Any]:
     except (ValueError, RecursionError):
         return text
     # Python may just manage to read what nobody after it can write again.
-    return value if isinstance(value, dict) and not is_deep(value) else text
+    if not isinstance(value, dict) or is_deep(value):
+        return text
+    try:
+        refuse_surrogates(value)
+    except ApiError:
+        return text
+    return value
 
 
 def _no_constant(name: str) -> None:

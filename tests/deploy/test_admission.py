@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import random
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_kv_blocks_count() -> None:
     policy.check([work()], 0.0, EngineLoad(total_blocks=10**6))
     assert retry(policy, [work(prompt_tokens=380)], 0.0, full) > 0
     shared = EngineLoad(running=6, used_blocks=100, total_blocks=100)
-    policy.check([work(prompt_tokens=380)], 0.0, shared)
+    policy.check([work(prompt_tokens=380)], 1.0, shared)
 
 
 def test_state_slots_count() -> None:
@@ -169,6 +170,57 @@ def test_retry_times_are_spread_and_bounded() -> None:
     # What was promised is over after a while.
     later = retry(policy, [work()], 500.0)
     assert later < 5
+
+
+def test_the_impatient_make_nobody_wait_once_there_is_room() -> None:
+    policy = taught(admission(max_waiting=2))
+    tickets = policy.begin([work()] * 4, 0.0)
+    for number in range(1000):  # of clients that come again at once
+        last = retry(policy, [work()], number / 1000)
+    assert last == pytest.approx(MAX_RETRY_S, abs=0.01)
+    for ticket in tickets:
+        policy.end(ticket, 5.0)
+    for _ in range(4):
+        policy.check([work()], 6.0, IDLE)
+        policy.begin([work()], 6.0)
+    assert retry(policy, [work()], 6.0) < 5
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_an_outlook_is_kept_up_to_date(seed: int) -> None:
+    """What was forecast a moment ago, and who came since, say the same as a new forecast."""
+    rng = random.Random(seed)
+    limits: dict[str, Any] = {
+        "max_queue_s": rng.choice([1.0, 8.0]),
+        "max_waiting": rng.choice([3, 30]),
+        "seats": rng.randint(1, 5),
+    }
+    load = EngineLoad(total_blocks=rng.choice([0, 40, 10**6]))
+    kept, fresh = taught(admission(**limits)), taught(admission(**limits))
+    for step in range(60):
+        works = [work(rng.choice([5, 50, 500]))] * rng.choice([1, 1, 2])
+        now = step * 1e-5
+        fresh._seen = None
+        answers = [asked(policy, works, now, load) for policy in (kept, fresh)]
+        assert answers[0] == pytest.approx(answers[1])
+        if answers[0] is None:
+            for policy in (kept, fresh):
+                policy.begin(works, now)
+    assert kept.live == fresh.live >= 1
+
+
+def test_who_is_settled_waits_for_those_before_it_only() -> None:
+    policy = taught(admission(max_queue_s=10.0, seats=50))
+    first = policy.begin([work(10)], 0.0)
+    policy.begin([work(600)], 0.0)
+    last = policy.begin([work(10)], 0.0)
+    policy.settle(first, [work(900)], 1.0, IDLE)
+    assert (first[0].work.prompt_tokens, first[0].arrived) == (900, 1.0)
+    with pytest.raises(ApiError) as refused:
+        policy.settle(last, [work(20)], 1.0, IDLE)  # 9 and 6 seconds are ahead
+    assert refused.value.status == 429
+    assert refused.value.retry_after == pytest.approx(5.0, abs=0.1)
+    assert policy.live == 3
 
 
 def test_requests_sent_away_unread_count_as_usual_ones() -> None:
@@ -224,6 +276,62 @@ class Server:
                 self.served += 1
                 self._seat()
         self.now = until
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_crowd_of_many_minutes_comes_in_turns(seed: int) -> None:
+    """Nobody is told more than a minute, so they come several times, but not all at once."""
+    rng = random.Random(seed)
+    policy = taught(admission(max_queue_s=5.0, max_waiting=8))
+    server = Server(policy, SEATS)
+    num = 500
+    arrivals = [(rng.uniform(0, 1), 0, i) for i in range(num)]
+    heapq.heapify(arrivals)
+    most = 0
+    while arrivals:
+        at, tries, who = heapq.heappop(arrivals)
+        server.advance(at)
+        again = asked(policy, [work(10)], server.now)
+        if again is None:
+            server.accept(work(10), rng.randint(15, 25))
+        else:
+            most = max(most, tries + 1)
+            heapq.heappush(arrivals, (at + again, tries + 1, who))
+    takes_s = num * (0.1 + 2 / SEATS)
+    assert server.now < 1.25 * takes_s, "it stood idle while they waited"
+    server.advance(10**6)
+    assert server.served == num
+    assert most <= 2 + 1.5 * takes_s / MAX_RETRY_S
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_patient_are_served_after_a_storm_of_others(seed: int) -> None:
+    rng = random.Random(seed)
+    policy = taught(admission(max_queue_s=5.0, max_waiting=8))
+    server = Server(policy, SEATS)
+    # Odd ones do not wait as they are told, but give up after ten seconds.
+    arrivals = [(rng.uniform(0, 1), 0, i) for i in range(80)]
+    heapq.heapify(arrivals)
+    left: set[int] = set()
+    waits: list[float] = []
+    while arrivals:
+        at, tries, who = heapq.heappop(arrivals)
+        server.advance(at)
+        again = asked(policy, [work(10)], server.now)
+        if again is None:
+            server.accept(work(10), rng.randint(15, 25))
+            waits += [at] if who % 2 == 0 else []
+        elif who % 2 == 0:
+            assert tries < 6
+            heapq.heappush(arrivals, (at + again, tries + 1, who))
+        elif at < 10:
+            heapq.heappush(arrivals, (at + 0.02, tries + 1, who))
+        else:
+            left.add(who)
+    server.advance(10**6)
+    assert server.served == 80 - len(left)
+    assert len(waits) == 40
+    assert max(waits) < 10 + 2 * MAX_RETRY_S
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -32,7 +33,7 @@ def conclave(*args: str) -> subprocess.CompletedProcess[str]:
         (["serve"], "model"),
         (["serve", "nano-dbrx", "nano-jamba"], "nano-dbrx nano-jamba"),
         (["serve", "nano-dbrx", "--frobnicate"], "--frobnicate"),
-        (["serve", "nano-dbrx", "--port", "0"], "--port"),
+        (["serve", "nano-dbrx", "--port", "0"], "port=0"),
         (["serve", "/nonexistent"], "/nonexistent"),
         (["serve", "nano-dbrx", "--device", "cuda"], "device=cuda"),
         (["serve", "nano-dbrx", "--stages", "99"], "stages=99"),
@@ -55,6 +56,10 @@ def test_config_file_and_its_errors(tmp_path: Path) -> None:
         "stages=98"
         in conclave("serve", "nano-dbrx", "--config", str(file), "--stages", "98").stderr
     )
+    file.write_text("port: 70000\n")
+    assert "port=70000" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
+    file.write_text("host: 5\n")
+    assert "host=5" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
     file.write_text("- a")
     assert "mapping" in conclave("serve", "nano-dbrx", "--config", str(file)).stderr
 
@@ -103,15 +108,36 @@ def test_check(tmp_path: Path) -> None:
     assert "config.json" in bad.stdout
 
 
-def test_port_in_use() -> None:
+def test_failures_are_json_where_the_log_is() -> None:
+    for args, words in (
+        (["nano-dbrx", "--stages", "99"], "stages=99: "),
+        (["/nonexistent"], "model=/nonexistent: "),
+    ):
+        done = conclave("serve", *args, "--log-format", "json")
+        assert done.returncode == 2
+        [line] = map(json.loads, done.stderr.splitlines())
+        assert line["message"].startswith(words)
+
+
+def test_port_in_use(tmp_path: Path) -> None:
     import socket
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         done = conclave("serve", "nano-dbrx", "--port", str(taken.getsockname()[1]))
-    assert done.returncode == 1
+        file = tmp_path / "c.yaml"
+        file.write_text(f"host: localhost\nport: {taken.getsockname()[1]}\n")
+        by_file = conclave("serve", "nano-dbrx", "--config", str(file), "--host", "127.0.0.1")
+        json_lines = conclave("serve", "nano-dbrx", "--config", str(file), "--log-format", "json")
+    assert (done.returncode, by_file.returncode) == (1, 1)
     assert "cannot listen" in done.stderr
+    # The port is the file's, the address the command line's.
+    assert by_file.stderr == done.stderr
+    assert json_lines.returncode == 1
+    [line] = map(json.loads, json_lines.stderr.splitlines())
+    assert (line["level"], line["logger"]) == ("error", "conclave.cli")
+    assert line["message"].startswith("cannot listen on localhost:")
 
 
 def test_a_usage_error_needs_no_heavy_import() -> None:

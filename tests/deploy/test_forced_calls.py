@@ -69,10 +69,10 @@ async def test_a_real_model_calls_what_it_has_to(form: str, tmp_path: Path) -> N
                 assert json.loads(call["function"]["arguments"]) in ({"n": 1}, {"n": 2})
 
 
-def accepts(model: ServedModel, grammar: str, text: str) -> bool:
-    """Whether all of `text` is an answer, by the masks that sampling sees."""
+def accepts(model: ServedModel, grammar: str, *pieces: str) -> bool:
+    """Whether a text, its pieces tokenized apart, is an answer, by the masks that sampling sees."""
     constraint = Grammars(vocabulary_of(model)).begin(grammar, [])
-    for token_id in say(model, text, end=False):
+    for token_id in (token_id for piece in pieces for token_id in say(model, piece, end=False)):
         if not constraint.mask(model.vocab_size)[token_id]:
             return False
         constraint._matcher.consume_token(token_id)  # type: ignore[union-attr]
@@ -131,6 +131,29 @@ async def test_strict_functions_are_held_to_where_a_token_begins_calls(
     assert accepts(model, grammar, "Hello {")
     assert accepts(model, grammar, f"Well.{before}{call('book', SEATS)}{behind}")
     assert not accepts(model, grammar, f"Well.{before}{call('book', '{}')}{behind}")
+
+
+@pytest.mark.parametrize("form", ["jamba", "hermes"])
+async def test_strict_functions_cannot_be_called_by_a_spelt_marker(
+    make_api: MakeApi, form: str, tmp_path: Path
+) -> None:
+    strict = {"type": "function", "function": {**FUNCTION, "strict": True}}
+    model = model_of(form, tmp_path)
+    api = scripted(make_api, model, "</think>ok")
+    await ask(api, tools=[strict])
+    [grammar] = api.client.grammars
+    thought = "Hm.</think>" if form == "hermes" else ""
+    before, _, behind = FORMS[form]
+    wrong = f"{before}{call('book', '{}')}{behind}"
+    marker = before.strip().partition(">")[0] + ">"
+    for cut in range(1, len(marker)):
+        spelt = (wrong[: wrong.index(marker) + cut], wrong[wrong.index(marker) + cut :])
+        # Whoever reads the text takes it for a call, but no token of it is the marker.
+        ids = [token_id for piece in spelt for token_id in say(model, piece, end=False)]
+        assert model.tokenizer is not None
+        assert model.tokenizer.token_id(marker) not in ids
+        assert not accepts(model, grammar, f"{thought}Well.", *spelt)
+    assert accepts(model, grammar, f"{thought}Well. {marker[:-1]}", "s or not? <")
 
 
 FORM = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}

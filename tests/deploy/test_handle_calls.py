@@ -197,6 +197,26 @@ async def test_nothing_is_asked_of_an_instance_that_failed(make_api: MakeApi) ->
     assert answer["error"]["code"] == "model_failed"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_handles_say_when_to_come_again(make_api: MakeApi, stream: bool) -> None:
+    """As HTTP does in its headers; other errors are as over HTTP to the key."""
+    api = make_api(ids=[70] * 300, max_num_seqs=1, delay=60)
+    calls = HandleCalls(api.service)
+    body = {"prompt": [5], "max_tokens": 5, "n": 17}
+    running = asyncio.create_task(calls.answer("completions", body))
+    while api.service._admission.live < 17:
+        await asyncio.sleep(0.01)
+    answer = await calls.generate("completions", {**body, "n": 1, "stream": stream})
+    if stream:
+        [answer] = [chunk async for chunk in answer]
+    error = answer["error"]
+    assert set(error) == {"message", "type", "param", "code", "retry_after_s"}
+    assert error["code"] == "rate_limit_exceeded"
+    assert 0 < error["retry_after_s"] <= 60
+    assert f"Try again in {error['retry_after_s']:.1f} s" in error["message"]
+    running.cancel()
+
+
 def test_errors_survive_pickling() -> None:
     error = ApiError("no", status=429, kind="k", param="p", code="c", retry_after=7)
     copy = pickle.loads(pickle.dumps(error))

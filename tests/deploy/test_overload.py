@@ -27,6 +27,21 @@ class NoEncoding:
         raise AssertionError("a request that is refused was tokenized")
 
 
+class Counted:
+    """A tokenizer that remembers what it was asked."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        self.texts: list[str] = []
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.texts.append(text)
+        return self._inner.encode(text, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
 @pytest.fixture
 def crowded(make_api: MakeApi) -> Any:
     return make_api(ids=[70] * 300, max_num_seqs=1, delay=60)
@@ -80,6 +95,47 @@ async def test_work_is_refused_before_it_is_tokenized(crowded: Any) -> None:
             assert int(response.headers["retry-after"]) >= 1
     for call in calls:
         call.cancel()
+
+
+async def test_a_burst_is_decided_before_it_is_tokenized(crowded: Any) -> None:
+    """Those that are let in count at once, and not only when they have been tokenized."""
+    counted = Counted(crowded.model.tokenizer)
+    crowded.service._model = replace(crowded.model, tokenizer=counted)
+    body = {"prompt": "some words", "max_tokens": 5}
+    async with client_of(crowded.app()) as client:
+        calls = [asyncio.create_task(client.post("/v1/completions", json=body)) for _ in range(100)]
+        refused: set[asyncio.Task[httpx.Response]] = set()
+        async with asyncio.timeout(30):
+            while len(refused) < len(calls) - ROOM:
+                refused |= {call for call in calls if call.done()}
+                await asyncio.sleep(0.01)
+        assert {call.result().status_code for call in refused} == {429}
+        while len(crowded.client.streams) < ROOM:
+            await asyncio.sleep(0.01)
+        assert counted.texts == ["some words"] * ROOM
+        assert crowded.service._admission.live == ROOM
+        for call in calls:
+            call.cancel()
+        await asyncio.gather(*calls, return_exceptions=True)
+    assert crowded.service._admission.live == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_refused_after_all_gives_its_place_back(
+    make_api: MakeApi, stream: bool
+) -> None:
+    api = make_api()
+    async with client_of(api.app()) as client:
+        for path, body in (
+            ("/v1/completions", {"prompt": [10**6]}),
+            ("/v1/completions", {"prompt": "x", "max_tokens": 10**6}),
+            ("/v1/completions", {"prompt": "x", "structured_outputs": {"regex": "("}}),
+            ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "x" * 900}]}),
+            ("/v1/classify", {"input": [10**6]}),
+        ):
+            response = await client.post(path, json={**body, "stream": stream})
+            assert response.status_code == 400, response.text
+            assert api.service._admission.live == 0
 
 
 async def test_openais_client_comes_again_and_is_served(make_api: MakeApi) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
+from deploy import tool_calls
+from deploy.tool_arguments import MAX_HEAD, read_fields
 from deploy.tool_calls import CallDelta, ToolCallParser, new_call_id
 from deploy.tool_formats import FORMATS, HERMES, JAMBA, JSON, ToolFormat, choose_format
 from tests.deploy.tool_texts import Read, read, write
@@ -189,6 +192,87 @@ def test_a_head_without_end_is_text() -> None:
     text = '<tool_call>{"x": "' + "y" * 20_000 + '", "name": "f", "arguments": {}}</tool_call>'
     assert read(HERMES, [text]).content == text
     assert read(HERMES, list(text)).content == text
+
+
+@pytest.mark.parametrize("form", [HERMES, JAMBA])
+def test_a_tail_of_a_call_is_bounded(form: ToolFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    opening, closing = ("<tool_calls>[", "]</tool_calls>") if form is JAMBA else form.markers
+    head = f'{opening}{{"name": "f", "arguments": {{"a": 1}}'
+    short, long = (f', "x": "{"y" * length}"}}' for length in (MAX_HEAD - 20, 20 * MAX_HEAD))
+    reads: list[int] = []
+
+    def counted(text: str, *args: Any) -> Any:
+        reads.append(len(text))
+        return read_fields(text, *args)
+
+    monkeypatch.setattr(tool_calls, "read_fields", counted)
+    for tail, content in ((short, ""), (long, long + closing)):
+        for pieces in ([head + tail + closing], list(head + tail + closing)):
+            reads.clear()
+            result = read(form, pieces)
+            assert (result.names, result.arguments) == (["f"], ['{"a": 1}'])
+            assert result.content == content
+            # What comes a character at a time is read again with each, but never all of it.
+            assert len(pieces) == 1 or len(reads) <= MAX_HEAD + 2
+
+
+CALL = '{"tool_calls": [{"name": "f", "arguments": {"a": 1}}]}'
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        '{"example": CALL}',
+        "[CALL]",
+        '[1, -2.5e3, null, "x\\"", CALL, {}]',
+        '{"a": {"b": [[], {"c": true}, CALL]}}',
+        '{"tool_calls": [{"name": 1}], "more": CALL}',
+        '{"tool_calls": [CALL]}',
+        '```json\n{"example": CALL}\n```',
+        '{"text": "```json\nCALL\n```"}',
+        '{"text": "see ```json CALL```"}',
+        'As in {"example": CALL}, or [CALL].',
+    ],
+)
+def test_a_call_inside_of_other_json_is_none(around: str) -> None:
+    text = around.replace("CALL", CALL)
+    for pieces in ([text], list(text)):
+        result = read(JSON, pieces)
+        assert (result.content, result.names) == (text, [])
+    behind = read(JSON, list(f"{text}\nNow: {CALL}"))
+    assert (behind.content, behind.names) == (f"{text}\nNow:", ["f"])
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        "Sure:",
+        "A set {a, b} and",
+        "[docs](https://x.y)",
+        '{"a": 1}',
+        '{"a" 1}',
+        "{",
+        "[1 2",
+        'He said {"a", "b"},',
+        "for (i = 0; i < 3; i++) { f[i] = {} }",
+        '{"a": [}',
+    ],
+)
+def test_what_is_no_json_hides_no_call(before: str) -> None:
+    for pieces in ([f"{before} {CALL}"], list(f"{before} {CALL}")):
+        result = read(JSON, pieces)
+        assert (result.content, result.names) == (before, ["f"])
+
+
+@ALL
+def test_it_is_said_whether_the_last_call_is_cut(form: ToolFormat) -> None:
+    whole = write(form, [("f", WEATHER)])
+    begins = whole.index(WEATHER)
+    for end in range(len(whole) + 1):
+        parser = ToolCallParser(form)
+        parser.push(whole[:end])
+        parser.flush()
+        assert parser.is_cut == (begins < end < begins + len(WEATHER))
 
 
 def test_ids_look_like_openais() -> None:

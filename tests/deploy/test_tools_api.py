@@ -173,6 +173,47 @@ async def test_a_call_that_is_cut(make_api: MakeApi, model: ServedModel, form: s
         assert (streamed["content"] or None) == (message["content"] or None)
 
 
+@pytest.mark.parametrize(
+    ("stop", "num_whole"),
+    [('"n"', 0), ("1.0", 0), ('"now"', 1), ("</tool_call", 1), ('get_weather"', 0)],
+)
+async def test_a_stop_string_inside_a_call(
+    make_api: MakeApi, model: ServedModel, form: str, stop: str, num_whole: int
+) -> None:
+    """No call that is cut passes for a whole one: only `tool_calls` says that all of them are."""
+    api = scripted(make_api, model, CALLS[form])
+    body = await ask(api, stop=stop)
+    [streamed] = accumulated(await chunks_of(api, stop=stop))
+    [choice] = body["choices"]
+    calls = [call["function"] for call in choice["message"].get("tool_calls", ())]
+    assert [call["function"] for call in streamed["tool_calls"]] == calls
+    assert (streamed["content"] or None) == (choice["message"]["content"] or None)
+    whole = [call for call in calls if _is_json(call["arguments"])]
+    assert len(whole) >= num_whole
+    expected = "tool_calls" if calls and whole == calls else "stop"
+    assert choice["finish_reason"] == streamed["finish_reason"] == expected
+    if calls and whole != calls:
+        assert ARGUMENTS.startswith(calls[-1]["arguments"])
+
+
+async def test_a_model_that_ends_inside_a_call(
+    make_api: MakeApi, model: ServedModel, form: str
+) -> None:
+    cut = CALLS[form][: CALLS[form].index('"n"')]
+    [choice] = (await ask(scripted(make_api, model, cut)))["choices"]
+    [call] = choice["message"]["tool_calls"]
+    assert ARGUMENTS.startswith(call["function"]["arguments"])
+    assert choice["finish_reason"] == "stop"
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 async def test_one_call_at_most_ends_the_sequence(make_api: MakeApi, model: ServedModel) -> None:
     form = model.tool_call_parser
     ids = say(model, CALLS[form])

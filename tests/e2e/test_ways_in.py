@@ -88,7 +88,11 @@ def test_requests_are_named_counted_and_logged(tmp_path: Path) -> None:
                 assert any(line.startswith("data: ") for line in lines)
             assert wait_until(lambda: not _running(client), 20)
             text = client.get("/metrics").text
-        records = _access_records(server.log.read_text())
+        shown = server.log.read_text()
+        records = _access_records(shown)
+    plain = [line for line in shown.splitlines() if not line.startswith("{")]
+    assert plain == [f"ready on {server.url}"], "of the start, too, every line is JSON"
+    assert any("kernels" in line for line in shown.splitlines())
     left = 'route="/v1/completions",status="499"} 1.0'
     assert left in text
     assert len(set(re.findall(r'replica_id="([^"]+)"', text))) == 1

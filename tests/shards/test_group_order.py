@@ -6,13 +6,22 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
 from router.codec import decode, encode
 from router.limits import EngineLimits
 from router.step import Admit, FinishReason, SamplingParams, Token, TokenBatch
-from router.transport.base import Frame, FrameKind, Header, Lost, Received, Transport
+from router.transport.base import (
+    Frame,
+    FrameKind,
+    Header,
+    Lost,
+    PeerLost,
+    Received,
+    Transport,
+)
 from router.transport.local import LocalNetwork, LocalTransport
 from shards import member
 from shards.client import GroupFailed, GroupState, WorkerKilled
@@ -108,7 +117,9 @@ class Engines:
 
 
 def _say(transport: Transport, kind: FrameKind, message: object) -> None:
-    transport.send(INGRESS, Frame(Header(kind=kind), encode(message)))
+    # The ingress may have ended: the next `recv` says so.
+    with suppress(PeerLost):
+        transport.send(INGRESS, Frame(Header(kind=kind), encode(message)))
 
 
 class Slow(LocalTransport):
