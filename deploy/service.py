@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,9 @@ from router.step import Want
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores
 
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
+
 _WAITING_PER_RUNNING = 16
 
 
@@ -57,6 +60,7 @@ class ApiService:
         block_size: int = 1,
         max_queue_s: float = 120.0,
         keep_alive_s: float = 15.0,
+        tracing: Tracing | None = None,
     ) -> None:
         self._client = client
         self._model = model
@@ -81,6 +85,9 @@ class ApiService:
         self.keep_alive_s = keep_alive_s
         """After so long without a chunk a stream says that it lives."""
         self.metrics = Metrics(client, replica_id)
+        self.tracing = tracing
+        if tracing is not None:
+            tracing.on_dropped = self.metrics.dropped_spans.inc
 
     @property
     def state(self) -> GroupState:
@@ -214,7 +221,8 @@ class ApiService:
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
         context = self._context(request, record)
-        answer = Answer(self._client, self._gate, context, plans, token_ids, meter)
+        source = record.watched(self._client)
+        answer = Answer(source, self._gate, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
         record.stream = True
@@ -235,11 +243,13 @@ class ApiService:
         """Run sequences of the request's field `param`. Raises ApiError."""
         asked = [Work(prompt_tokens=len(each.tokens), max_tokens=0) for each in computations]
         self._check_room(asked, param)
-        meter = AnswerMeter(self.metrics, current_record())
+        record = current_record()
+        meter = AnswerMeter(self.metrics, record)
+        source = record.watched(self._client)
         with self._gate.hold(asked) as held:
             meter.start([each.tokens for each in computations])
             try:
-                rows = await compute(self._client, self._budget, computations, meter.waited)
+                rows = await compute(source, self._budget, computations, meter.waited)
                 for index in range(len(rows)):
                     held.saw_token(index)
                 return rows
