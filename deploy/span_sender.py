@@ -11,12 +11,15 @@ from collections.abc import Callable
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor
 from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 
+from deploy.printable import printable
+
 log = logging.getLogger("conclave.traces")
 
 MAX_WAITING = 4096
 """Spans that wait to be sent; any more are dropped."""
 MAX_BATCH = 512
 _LAST_CALL_S = 2.0
+_MAX_REASON = 400
 
 
 class SpanSender(SpanProcessor):
@@ -32,8 +35,13 @@ class SpanSender(SpanProcessor):
         *,
         max_waiting: int = MAX_WAITING,
         gather_s: float = 1.0,
+        why: Callable[[], str] = str,
     ) -> None:
-        """After the first span of a batch `gather_s` pass before it is sent."""
+        """After the first span of a batch `gather_s` pass before it is sent.
+
+        `why` says what the exporter has complained about since the last time.
+        """
+        self._why = why
         self._exporter = exporter
         self._on_dropped = on_dropped
         self._queue: queue.Queue[ReadableSpan | None] = queue.Queue(max_waiting)
@@ -97,14 +105,17 @@ class SpanSender(SpanProcessor):
         return taken
 
     def _send(self, batch: list[ReadableSpan]) -> None:
+        self._why()
         try:
-            reason = "" if self._exporter.export(batch) is SpanExportResult.SUCCESS else "refused"
+            taken = self._exporter.export(batch) is SpanExportResult.SUCCESS
+            reason = "" if taken else self._why() or "no reason given"
         except Exception as error:  # whatever it is, it ends no more than this batch
             reason = repr(error)
         if reason:
             self._on_dropped(len(batch))
         if reason and not self._failing:
-            log.warning("the collector takes no spans (%s): they are dropped until it does", reason)
+            reason = printable(reason[:_MAX_REASON])
+            log.warning("the collector takes no spans, they are dropped until it does: %s", reason)
         if self._failing and not reason:
             log.warning("the collector takes spans again")
         self._failing = bool(reason)

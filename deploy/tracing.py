@@ -26,13 +26,33 @@ Headers = Mapping[str, Sequence[str]]
 """Every value of each of `PARENT_HEADERS`."""
 
 
+class _Complaints(logging.Handler):
+    """Keeps what OpenTelemetry logs, line for line, out of sight: we say it once."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._first = ""
+        logger = logging.getLogger("opentelemetry")
+        logger.addHandler(self)
+        logger.propagate = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """The first complaint has the reason; those that follow it say that it went on."""
+        if record.name.startswith("opentelemetry.exporter."):
+            self._first = self._first or record.getMessage()
+
+    def take(self) -> str:
+        """The first one since the last time."""
+        first, self._first = self._first, ""
+        return first
+
+
 class Tracing:
     """The traces of one replica."""
 
     def __init__(self, options: TraceOptions, *, model: str, replica_id: str) -> None:
         self.on_dropped: Callable[[int], None] = lambda count: None
-        # It logs every attempt of its own; what matters of that is in our one line.
-        logging.getLogger("opentelemetry.exporter.otlp").setLevel(logging.CRITICAL)
+        complaints = _Complaints()
         exporter = OTLPSpanExporter(endpoint=options.url)
         resource = {
             "service.name": "conclave",
@@ -45,7 +65,9 @@ class Tracing:
             resource=Resource.create(resource),
             shutdown_on_exit=False,
         )
-        self._sender = SpanSender(exporter, lambda count: self.on_dropped(count))
+        self._sender = SpanSender(
+            exporter, lambda count: self.on_dropped(count), why=complaints.take
+        )
         self._provider.add_span_processor(self._sender)
         self._tracer = self._provider.get_tracer("conclave", VERSION)
         self._propagator = TraceContextTextMapPropagator()

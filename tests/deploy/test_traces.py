@@ -338,4 +338,5 @@ async def test_collectors_that_do_not_answer_disturb_nobody(
         tracing.close()
     assert 'conclave_trace_spans_dropped_total{replica_id=""} 24.0' in text
     assert lines.getvalue().count("takes no spans") == 1
+    assert ("code: 400" if status else "refused") in lines.getvalue()
     assert collector.paths == (["/v1/traces"] * len(collector.paths) if status else [])
