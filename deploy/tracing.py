@@ -22,6 +22,7 @@ from deploy.span_sender import SpanSender
 from deploy.trace_options import TraceOptions
 from deploy.version import VERSION
 
+_THEIRS = "opentelemetry"
 Headers = Mapping[str, Sequence[str]]
 """Every value of each of `PARENT_HEADERS`."""
 
@@ -32,7 +33,7 @@ class _Complaints(logging.Handler):
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self._first = ""
-        logger = logging.getLogger("opentelemetry")
+        logger = logging.getLogger(_THEIRS)
         logger.addHandler(self)
         logger.propagate = False
 
@@ -46,13 +47,18 @@ class _Complaints(logging.Handler):
         first, self._first = self._first, ""
         return first
 
+    def close(self) -> None:
+        """Hear no more."""
+        logging.getLogger(_THEIRS).removeHandler(self)
+        super().close()
+
 
 class Tracing:
     """The traces of one replica."""
 
     def __init__(self, options: TraceOptions, *, model: str, replica_id: str) -> None:
         self.on_dropped: Callable[[int], None] = lambda count: None
-        complaints = _Complaints()
+        self._complaints = _Complaints()
         exporter = OTLPSpanExporter(endpoint=options.url)
         resource = {
             "service.name": "conclave",
@@ -66,7 +72,7 @@ class Tracing:
             shutdown_on_exit=False,
         )
         self._sender = SpanSender(
-            exporter, lambda count: self.on_dropped(count), why=complaints.take
+            exporter, lambda count: self.on_dropped(count), why=self._complaints.take
         )
         self._provider.add_span_processor(self._sender)
         self._tracer = self._provider.get_tracer("conclave", VERSION)
@@ -95,6 +101,7 @@ class Tracing:
     def close(self) -> None:
         """Send what is left, but not for long."""
         self._provider.shutdown()
+        self._complaints.close()
 
     def _parent(self, headers: Headers) -> Context:
         # A request has one parent or none: several headers name none.

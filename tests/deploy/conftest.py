@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import FastAPI
@@ -23,12 +23,14 @@ from deploy.model_facts import ModelFacts
 from deploy.resolve import resolve
 from deploy.served_model import ServedModel, load_served_model
 from deploy.service import ApiService
-from deploy.tracing import Tracing
 from router.layer_totals import LayerTotals
 from router.step import NO_TOKEN, NOTHING, EngineLoad, FinishReason, SamplingParams, Token, Want
 from shards.client import GroupState, GroupUnavailable, Trouble, WorkerStatus
 from shards.sequence_trace import SequenceTrace
 from tests.groups import running_group
+
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
 
 MAX_MODEL_LEN = 256
 Script = Callable[[tuple[int, ...], SamplingParams], list[int]]
