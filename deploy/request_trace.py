@@ -95,15 +95,17 @@ class RequestTrace:
         if prefill is not None:
             # What a cached prefix saved is not in any step.
             prompt: Attributes = {"conclave.prompt_tokens": sequence.num_prompt}
-            self._add_phase(inside, "prefill", prefill, common | prompt)
+            self._add_phase(inside, "prefill", prefill, common, prompt)
         if sequence.decode is not None:
-            self._add_phase(inside, "decode", sequence.decode, common)
+            self._add_phase(inside, "decode", sequence.decode, common, {})
 
-    def _add_phase(self, inside: Context, name: str, phase: Phase, common: Attributes) -> None:
+    def _add_phase(
+        self, inside: Context, name: str, phase: Phase, common: Attributes, own: Attributes
+    ) -> None:
         span = self._tracer.start_span(
             name,
             context=inside,
-            attributes=common | _phase_attributes(phase),
+            attributes=common | own | _phase_attributes(phase),
             start_time=self._clock.unix(phase.began),
         )
         for note in phase.notes:

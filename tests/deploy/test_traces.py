@@ -152,18 +152,20 @@ async def test_the_whole_tree_of_a_request(spread: Traced) -> None:
     queue, prefill, decode = below
     assert queue.ended == prefill.began
     assert prefill.ended == decode.began
-    check_phase(spans, prefill, steps=1, tokens=usage["prompt_tokens"])
+    # One, or two where the state at the last full block is worth a snapshot.
+    assert 1 <= prefill.attributes["conclave.steps"] <= 2
+    check_phase(spans, prefill, tokens=usage["prompt_tokens"])
     assert prefill.attributes["conclave.prompt_tokens"] == usage["prompt_tokens"]
-    check_phase(spans, decode, steps=7, tokens=7)
+    assert decode.attributes["conclave.steps"] == 7
+    check_phase(spans, decode, tokens=7)
     assert len(spans) == 6
     assert SECRET.encode() not in spread.raw
 
 
-def check_phase(
-    spans: list[CollectedSpan], phase: CollectedSpan, *, steps: int, tokens: int
-) -> None:
+def check_phase(spans: list[CollectedSpan], phase: CollectedSpan, *, tokens: int) -> None:
     told = phase.attributes
-    assert (told["conclave.steps"], told["conclave.tokens"]) == (steps, tokens)
+    steps = told["conclave.steps"]
+    assert told["conclave.tokens"] == tokens
     assert told["conclave.batch_tokens"] == tokens, "it was alone"
     lasted = (phase.ended - phase.began) / 1e9
     assert len(told["conclave.stage_seconds"]) == 2
