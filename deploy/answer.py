@@ -33,10 +33,10 @@ from router.step import NOTHING
 from shards.client import (
     GroupFailed,
     GroupUnavailable,
-    ModelClient,
     ReaderTooSlow,
     SequenceFailed,
     SequenceRefused,
+    TokenSource,
     WorkerKilled,
 )
 
@@ -51,7 +51,7 @@ class Answer:
 
     def __init__(
         self,
-        client: ModelClient,
+        client: TokenSource,
         place: Place,
         context: ReplyContext,
         plans: Sequence[ChoicePlan],

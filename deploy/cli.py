@@ -162,6 +162,12 @@ def serve(
         str | None, _option("--log-level", help="debug, info (requests too), warning, error.")
     ] = None,
     log_format: Annotated[str | None, _option("--log-format", help="text, json.")] = None,
+    otlp_endpoint: Annotated[
+        str | None, _option("--otlp-endpoint", help="Collector of traces, http://HOST:4318.")
+    ] = None,
+    trace_sample_ratio: Annotated[
+        str | None, _option("--trace-sample-ratio", help="Requests traced, 0 to 1; default 1.")
+    ] = None,
 ) -> None:
     """Serve one model until SIGTERM; prints `ready on http://HOST:PORT` when it can answer."""
     given = {key: value for key, value in locals().items() if key != "config"}

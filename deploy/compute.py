@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from router.step import SamplingParams, Want
-from shards.client import ModelClient
+from shards.client import TokenSource
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -64,7 +64,7 @@ class StepBudget:
 
 
 async def compute(
-    client: ModelClient,
+    client: TokenSource,
     budget: StepBudget,
     computations: Sequence[Computation],
     waited: Callable[[float | None], None],
@@ -72,7 +72,7 @@ async def compute(
     """Run all of them, as many at once as the budget lets; leaving early aborts them.
 
     `waited` is told the seconds that each has waited for its first step. Raises what
-    `ModelClient.generate` and its streams raise.
+    `TokenSource.generate` and its streams raise.
     """
     tasks = [asyncio.create_task(_run(client, budget, each, waited)) for each in computations]
     try:
@@ -84,7 +84,7 @@ async def compute(
 
 
 async def _run(
-    client: ModelClient,
+    client: TokenSource,
     budget: StepBudget,
     each: Computation,
     waited: Callable[[float | None], None],

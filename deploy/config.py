@@ -20,6 +20,7 @@ from pydantic_core import ErrorDetails
 
 from deploy.backends import ATTENTION_ALIASES, missing_for_mamba_ssm
 from deploy.http_options import HttpOptions, check_origin
+from deploy.trace_options import TraceOptions, check_endpoint, missing_exporter
 from models.kernels.choice import parse_choice
 from shards.partition import LayerRanges, layer_ranges_text, parse_stage_layers
 from shards.spec import Deadlines
@@ -144,6 +145,8 @@ class ServeArgs(BaseModel):
     sse_keep_alive_seconds: Annotated[float, Field(gt=0, le=3600)] = 15.0
     log_level: Literal["debug", "info", "warning", "error"] = "warning"
     log_format: Literal["text", "json"] = "text"
+    otlp_endpoint: Annotated[str, AfterValidator(check_endpoint)] | None = None
+    trace_sample_ratio: Annotated[float, Field(ge=0, le=1)] | None = None
 
     @model_validator(mode="after")
     def _refuse_what_is_not_there(self) -> ServeArgs:
@@ -165,6 +168,12 @@ class ServeArgs(BaseModel):
                 f"step_deadline={self.step_deadline:g}: allowed values are hang_deadline or more, "
                 f"here {self.hang_deadline:g}"
             )
+        if self.otlp_endpoint is None and self.trace_sample_ratio is not None:
+            raise ValueError(
+                f"trace_sample_ratio={self.trace_sample_ratio:g}: allowed only with otlp_endpoint"
+            )
+        if self.otlp_endpoint is not None and (why := missing_exporter()):
+            raise ValueError(f"otlp_endpoint={self.otlp_endpoint}: {why}")
         return self
 
     @property
@@ -176,6 +185,14 @@ class ServeArgs(BaseModel):
             load_s=self.load_timeout,
             recovery_s=self.recovery_timeout,
         )
+
+    @property
+    def traces(self) -> TraceOptions | None:
+        """Where traces go; None: nowhere."""
+        if self.otlp_endpoint is None:
+            return None
+        ratio = 1.0 if self.trace_sample_ratio is None else self.trace_sample_ratio
+        return TraceOptions(endpoint=self.otlp_endpoint, sample_ratio=ratio)
 
     @property
     def http(self) -> HttpOptions:

@@ -20,7 +20,7 @@ from deploy.tokenizer import Detokenizer, TextTokenizer
 from deploy.tool_calls import CallDelta
 from deploy.truncation import COMPLETION_MAX_TOKENS
 from router.step import NO_TOKEN, NOTHING, FinishReason, SamplingParams, Token, Want
-from shards.client import ModelClient
+from shards.client import TokenSource
 
 _TOOL_CALLS = "tool_calls"
 
@@ -212,7 +212,7 @@ def _read(reader: AnswerReader, delta: Delta) -> Delta:
 
 
 async def run_choice(
-    client: ModelClient, plan: ChoicePlan, tokenizer: TextTokenizer | None
+    client: TokenSource, plan: ChoicePlan, tokenizer: TextTokenizer | None
 ) -> AsyncGenerator[Delta, None]:
     """Generate one sequence; leaving early, for whatever reason, aborts it."""
     text = ChoiceText(plan, tokenizer)
@@ -238,7 +238,7 @@ async def run_choice(
 
 
 async def run_choices(
-    client: ModelClient, plans: Sequence[ChoicePlan], tokenizer: TextTokenizer | None
+    client: TokenSource, plans: Sequence[ChoicePlan], tokenizer: TextTokenizer | None
 ) -> AsyncGenerator[Delta, None]:
     """Deltas of all sequences as they come; the first error ends them all."""
     if len(plans) == 1:

@@ -64,6 +64,8 @@ class _Call:
         self._method = getattr(service, name)
         self._takes_json = name != "forward"  # which takes arrays and checks them itself
         self.record = RequestRecord(request_id=new_id(), route=f"handle.{name}", status=200)
+        if service.tracing is not None:
+            self.record.trace = service.tracing.begin(self.record)
         begin(service.metrics, self.record)
 
     async def run(self, body: object) -> Any:

@@ -64,7 +64,11 @@ def build_api(
     if lost_client:
         app.add_middleware(LostClients, errors=lost_client)
     app.add_middleware(
-        RequestScope, metrics=service.metrics, routes=app.router, echoes=not behind_serve
+        RequestScope,
+        metrics=service.metrics,
+        routes=app.router,
+        echoes=not behind_serve,
+        tracing=service.tracing,
     )
 
     def route(path: str, method: str) -> Callable[[Route], Route]:

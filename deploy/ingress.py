@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from ray import serve
@@ -26,6 +26,9 @@ from shards.client import GroupState, ModelClient
 from shards.cores import available_cores, default_threads
 from shards.logs import log_to_stderr
 from shards.spec import GroupSpec
+
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
 
 log = logging.getLogger("conclave.ingress")
 
@@ -60,6 +63,15 @@ def settle(resolved: ResolvedArgs) -> GroupSpec:
     actors = compute_actors_together(spec, get_current_placement_group())
     threads = resolved.threads or default_threads(spec.kernels, cores, actors)
     return replace(spec, threads=threads, crowded=threads > 1 and threads * actors > cores)
+
+
+def start_tracing(resolved: ResolvedArgs, replica_id: str) -> Tracing | None:
+    """Traces of this replica; OpenTelemetry is imported only where there is a collector."""
+    if resolved.traces is None:
+        return None
+    from deploy.tracing import Tracing
+
+    return Tracing(resolved.traces, model=resolved.served_model_name, replica_id=replica_id)
 
 
 def build_facts(resolved: ResolvedArgs) -> Json:
@@ -107,6 +119,7 @@ class Ingress:
             log.warning("%s: %s", printable(model.name), printable(warning))
         context = serve.get_replica_context()
         prefix = f"conclave/{context.app_name}/{context.replica_tag}"
+        tracing = start_tracing(resolved, context.replica_tag)
         # Off the loop: health checks are answered while the weights load.
         self._group = await asyncio.to_thread(make_group, resolved, prefix)
         self._service = ApiService(
@@ -121,6 +134,7 @@ class Ingress:
             block_size=spec.limits.block_size,
             max_queue_s=resolved.max_queue_s,
             keep_alive_s=resolved.keep_alive_s,
+            tracing=tracing,
         )
         self._calls = HandleCalls(self._service)
 
@@ -178,3 +192,6 @@ class Ingress:
         group = getattr(self, "_group", None)
         if group is not None:
             await asyncio.to_thread(group.stop)
+        service = getattr(self, "_service", None)
+        if service is not None and service.tracing is not None:
+            await asyncio.to_thread(service.tracing.close)

@@ -63,6 +63,9 @@ class Metrics:
         self.first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival of a request to its first token", _LATENCY_S
         ).labels(replica_id)
+        self.dropped_spans = self._counter(
+            "trace_spans_dropped", "Spans of traces that no collector took"
+        ).labels(replica_id)
         self.token_gap = self._histogram(
             "inter_token_latency_seconds", "One token of a sequence to its next", _GAP_S
         ).labels(replica_id)

@@ -15,6 +15,8 @@ from shards import logs
 
 if TYPE_CHECKING:
     from deploy.metrics import Metrics
+    from deploy.request_trace import RequestTrace
+    from shards.client import TokenSource
 
 log = logging.getLogger("conclave.access")
 
@@ -42,11 +44,17 @@ class RequestRecord:
     """Turned away for the time being: told when to come back."""
     client_gone: bool = False
     started: float = field(default_factory=time.perf_counter)
+    trace: RequestTrace | None = None
+    """None where the request is not sampled, or no collector is there."""
 
     def fail(self, error: ApiError) -> None:
         """Note the error that the caller is told of."""
         self.error_code = error.code or error.kind
         self.refused = error.retry_after is not None
+
+    def watched(self, source: TokenSource) -> TokenSource:
+        """The same source; the request's trace, if any, hears of what is started there."""
+        return source if self.trace is None else self.trace.watched(source)
 
     def fields(self, duration_s: float) -> dict[str, Any]:
         """The access record; what does not apply is left out."""
@@ -62,6 +70,7 @@ class RequestRecord:
             "finish_reasons": self.finish_reasons or None,
             "error_code": self.error_code,
             "client_gone": self.client_gone or None,
+            "trace_id": self.trace.trace_id if self.trace is not None else None,
         }
         return {key: value for key, value in every.items() if value is not None}
 
@@ -96,6 +105,8 @@ def finish(metrics: Metrics, record: RequestRecord) -> None:
     metrics.count(record, duration)
     level = logging.DEBUG if record.route in QUIET_ROUTES else logging.INFO
     log.log(level, "request", extra={"fields": record.fields(duration)})
+    if record.trace is not None:
+        record.trace.finish(record)
 
 
 def _rounded(seconds: float | None) -> float | None:

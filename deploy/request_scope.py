@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -11,6 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from deploy.metrics import Metrics
 from deploy.request_record import RequestRecord, begin, finish, new_id, sane_id
+from deploy.trace_options import PARENT_HEADERS
+
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
 
 OTHER = "other"
 """The route of every path that is none of ours."""
@@ -22,8 +27,16 @@ class RequestScope:
     Without `echoes` whoever stands in front echoes the id that the client has sent.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Router, echoes: bool) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        routes: Router,
+        echoes: bool,
+        tracing: Tracing | None = None,
+    ) -> None:
         self._app = app
+        self._tracing = tracing
         self._metrics = metrics
         self._routes = routes
         self._echoes = echoes
@@ -33,9 +46,13 @@ class RequestScope:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get("x-request-id")
+        headers = Headers(scope=scope)
+        given = headers.get("x-request-id")
         request_id = sane_id(given) or new_id()
         record = RequestRecord(request_id=request_id, route=self._route(scope))
+        if self._tracing is not None:
+            parent = {name: headers.getlist(name) for name in PARENT_HEADERS}
+            record.trace = self._tracing.begin(record, parent)
         begin(self._metrics, record)
         echoes = self._echoes or request_id != given
 

@@ -14,6 +14,7 @@ from deploy.exchange_bound import check_exchange, few_tokens
 from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
 from deploy.stage_split import num_stages, split_layers
+from deploy.trace_options import TraceOptions
 from models.quantization_config import effective_quantization
 from router.limits import EngineLimits
 from router.placement import Placement, place_experts
@@ -66,6 +67,7 @@ class ResolvedArgs:
     chat_template: str | None = None
     """The text that takes the place of the checkpoint's templates."""
     trust_request_chat_template: bool = False
+    traces: TraceOptions | None = None
     warnings: tuple[str, ...] = ()
     """What is unusual about the checkpoint or about how it is computed."""
 
@@ -154,6 +156,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         threads=args.threads,
         chat_template=chat_template,
         trust_request_chat_template=args.trust_request_chat_template,
+        traces=args.traces,
         warnings=(*config.notes, *backend_warnings(config)),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -34,6 +34,9 @@ from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores
 
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
+
 _WAITING_PER_RUNNING = 16
 _SHORT_ASIDES, _LONG_ASIDES = 64, 4
 """Texts of /tokenize and /detokenize that wait: they are not admitted as sequences are."""
@@ -56,6 +59,7 @@ class ApiService:
         block_size: int = 1,
         max_queue_s: float = 120.0,
         keep_alive_s: float = 15.0,
+        tracing: Tracing | None = None,
     ) -> None:
         self._client = client
         self._model = model
@@ -81,6 +85,9 @@ class ApiService:
         self.keep_alive_s = keep_alive_s
         """After so long without a chunk a stream says that it lives."""
         self.metrics = Metrics(client, replica_id)
+        self.tracing = tracing
+        if tracing is not None:
+            tracing.on_dropped = self.metrics.dropped_spans.inc
 
     @property
     def state(self) -> GroupState:
@@ -232,7 +239,8 @@ class ApiService:
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
         context = reply_context(self._model, request, record.request_id)
-        answer = Answer(self._client, place, context, plans, token_ids, meter)
+        source = record.watched(self._client)
+        answer = Answer(source, place, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
         record.stream = True
@@ -253,10 +261,12 @@ class ApiService:
         """Run sequences. Raises ApiError."""
         self._check_ready()
         place.settle(_asked(computations))
-        meter = AnswerMeter(self.metrics, current_record())
+        record = current_record()
+        meter = AnswerMeter(self.metrics, record)
+        source = record.watched(self._client)
         meter.start([each.tokens for each in computations])
         try:
-            rows = await compute(self._client, self._budget, computations, meter.waited)
+            rows = await compute(source, self._budget, computations, meter.waited)
         except SEQUENCE_ERRORS as error:
             raise api_error(error) from error
         for index in range(len(rows)):

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from router.step_trace import StageTrace, StepTrace
+
 NO_TOKEN = -2
 """Token id of the row that ends a sequence without a token: its prompt is computed and nothing
 more is wanted (`max_tokens` 0), or there is nothing to choose from."""
@@ -94,6 +96,8 @@ class Admit:
     grammar: str | None = None
     cache_salt: str = ""
     """Only sequences of the same salt share cached prefixes."""
+    traced: bool = False
+    """Whether its steps are reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,6 +186,8 @@ class TokenBatch:
     started: tuple[int, ...] = ()
     """Sequences that are now in a step in flight and were in none before, or not of late."""
     load: EngineLoad = EngineLoad()
+    steps: tuple[StepTrace, ...] = ()
+    """Those that are traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -250,6 +256,8 @@ class StepPlan:
     scheduled: tuple[ScheduledSequence, ...] = ()
     state_ops: tuple[StateOp, ...] = ()
     released: tuple[int, ...] = ()
+    trace: tuple[StageTrace, ...] | None = None
+    """What the stages so far have taken; None: nobody asks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,3 +282,5 @@ class StepResult:
     step_id: int
     sampled: tuple[Sampled, ...] = ()
     wanted: tuple[WantedRows, ...] = ()
+    trace: tuple[StageTrace, ...] = ()
+    """What the stages have taken, if the plan has asked."""

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from router.layer_totals import LayerTotals
 from router.step import NOTHING, EngineLoad, SamplingParams, Token, Want
+from shards.sequence_trace import SequenceTrace
 
 
 class GroupState(StrEnum):
@@ -106,7 +107,30 @@ class TokenStream(Protocol):
         """Stop generating and free everything; harmless after the end. Thread-safe."""
 
 
-class ModelClient(Protocol):
+class TokenSource(Protocol):
+    """Where sequences are started. Call from the event loop that their tokens are read on."""
+
+    def generate(
+        self,
+        prompt: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        priority: int = 0,
+        want: Want = NOTHING,
+        grammar: str | None = None,
+        cache_salt: str = "",
+        trace: SequenceTrace | None = None,
+    ) -> TokenStream:
+        """Start one sequence (journalled, so that it survives any worker's death).
+
+        With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed. Only
+        sequences of the same `cache_salt` share cached prefixes. `grammar` is what llguidance's
+        `LLMatcher` takes: every prefix of the answer is one of a text that it accepts. `trace`
+        hears of its steps.
+        """
+
+
+class ModelClient(TokenSource, Protocol):
     """A running model instance. Call from the event loop it was made on."""
 
     @property
@@ -137,23 +161,6 @@ class ModelClient(Protocol):
     @property
     def layer_totals(self) -> dict[int, LayerTotals]:
         """What dispatching has cost, by MoE layer; empty where experts are in the engine."""
-
-    def generate(
-        self,
-        prompt: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        priority: int = 0,
-        want: Want = NOTHING,
-        grammar: str | None = None,
-        cache_salt: str = "",
-    ) -> TokenStream:
-        """Start one sequence (journalled, so that it survives any worker's death).
-
-        With `max_tokens` 0 it ends with NO_TOKEN as soon as its prompt is computed. Only
-        sequences of the same `cache_salt` share cached prefixes. `grammar` is what llguidance's
-        `LLMatcher` takes: every prefix of the answer is one of a text that it accepts.
-        """
 
     def workers(self) -> tuple[WorkerStatus, ...]: ...
 

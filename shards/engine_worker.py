@@ -21,10 +21,12 @@ from router.step import (
     TokenBatch,
     WantedRows,
 )
+from router.step_trace import StepTrace
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from shards.control import INGRESS, WorkerEvent
 from shards.load_progress import OnRead
 from shards.spec import WorkerSpec
+from shards.traced_steps import TracedSteps
 from shards.worker import Worker
 
 log = logging.getLogger("conclave.engine")
@@ -69,6 +71,7 @@ class EngineWorker(Worker):
         self._epoch = 0
         self._refusals: list[Refusal] = []
         self._started: list[int] = []
+        self._traced = TracedSteps()
         self._told = EngineLoad()
         # Every stage may take a whole deadline; its own loop is watched by its pulse.
         self._patience_s = spec.group.deadlines.step_s * (len(spec.group.stage_layers) + 1)
@@ -100,6 +103,7 @@ class EngineWorker(Worker):
         while (result := self._executor.poll(0.0)) is not None:
             if result.epoch == self._epoch:
                 self._moved_at = time.monotonic()
+                self._traced.come_back(result, self._moved_at)
                 tokens.extend(self._core.apply(result))
                 wanted.extend(result.wanted)
         self._fill_pipeline()
@@ -115,10 +119,13 @@ class EngineWorker(Worker):
                     refusal = self._core.admit(admit)
                     if refusal is not None:
                         self._refusals.append(refusal)
+                    else:
+                        self._traced.admit(admit)
             case FrameKind.ABORT:
                 abort = decode(Abort, frame.meta)
                 if abort.epoch == self._epoch:
                     self._core.abort(abort.seq_id)
+                    self._traced.end(abort.seq_id)
             case FrameKind.RESULT:
                 assert isinstance(self._executor, PipelineExecutor)
                 self._executor.deliver(read_with_rows(StepResult, frame))
@@ -136,6 +143,7 @@ class EngineWorker(Worker):
         self._core.reset(epoch, keep_cache=keep_cache)
         self._refusals.clear()
         self._started.clear()
+        self._traced.reset()
 
     def _fill_pipeline(self) -> None:
         while self._core.num_in_flight < self._executor.max_in_flight:
@@ -148,6 +156,8 @@ class EngineWorker(Worker):
                 # Said before it is computed: if a worker dies of it, it is known of what.
                 self._started.extend(new.seq_id for new in plan.new)
                 self._send((), ())
+            if self._traced:
+                plan = self._traced.begin(plan, time.monotonic())
             try:
                 self._executor.submit(plan)
             except PeerLost as error:
@@ -168,7 +178,8 @@ class EngineWorker(Worker):
 
     def _send(self, tokens: tuple[Token, ...], wanted: tuple[WantedRows, ...]) -> None:
         load = self._core.load()
-        news = tokens or wanted or self._refusals or self._started
+        steps = self._steps_of(tokens) if self._traced else ()
+        news = tokens or wanted or self._refusals or self._started or steps
         if not news and load == self._told:
             return
         self._told = load
@@ -179,6 +190,7 @@ class EngineWorker(Worker):
             refusals=tuple(self._refusals),
             started=tuple(self._started),
             load=load,
+            steps=steps,
         )
         self._refusals.clear()
         self._started.clear()
@@ -187,6 +199,13 @@ class EngineWorker(Worker):
             self.transport.send(INGRESS, frame_with_rows(header, batch))
         except PeerLost:
             self.stopping = True
+
+    def _steps_of(self, tokens: tuple[Token, ...]) -> tuple[StepTrace, ...]:
+        """What is told of traced steps; sequences that end with these tokens have no more."""
+        for token in tokens:
+            if token.finish is not None:
+                self._traced.end(token.seq_id)
+        return self._traced.take(time.monotonic())
 
 
 def make_engine_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> EngineWorker:

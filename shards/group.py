@@ -21,6 +21,7 @@ from shards.group_loop import GroupLoop
 from shards.journal import JournalEntry
 from shards.launcher import Launcher
 from shards.outputs import Outputs
+from shards.sequence_trace import SequenceTrace
 from shards.spec import GroupSpec
 from shards.stream import GroupStream
 
@@ -96,6 +97,7 @@ class ModelGroup:
         want: Want = NOTHING,
         grammar: str | None = None,
         cache_salt: str = "",
+        trace: SequenceTrace | None = None,
     ) -> GroupStream:
         """Journal and start one sequence; call on an event loop.
 
@@ -107,9 +109,19 @@ class ModelGroup:
             raise unavailable
         seq_id = next(self._seq_ids)
         outputs = Outputs(want, len(prompt))
-        stream = GroupStream(lambda: self._loop.drop(seq_id), outputs)
+        stream = GroupStream(lambda: self._loop.drop(seq_id), outputs, trace)
         deliver = partial(self._loop.outbox.put, stream)
-        entry = JournalEntry(seq_id, prompt, sampling, priority, deliver, want, cache_salt, grammar)
+        entry = JournalEntry(
+            seq_id,
+            prompt,
+            sampling,
+            priority,
+            deliver,
+            want,
+            cache_salt,
+            grammar,
+            traced=trace is not None,
+        )
         try:
             encode(entry.admit(epoch=0))
         except CodecError as error:

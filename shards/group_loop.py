@@ -197,6 +197,8 @@ class GroupLoop:
             case FrameKind.TOKENS:
                 batch = read_with_rows(TokenBatch, event.frame)
                 self.load = batch.load
+                if batch.steps:
+                    self._sequences.note_steps(batch, time.monotonic())
                 if self._sequences.take(batch):
                     self.supervisor.on_progress(time.monotonic())
                 self.outbox.flush()

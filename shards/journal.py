@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from router.step import NOTHING, Abort, Admit, SamplingParams, Token, TokenBatch, Want, WantedRows
+from shards.sequence_trace import TracedStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class Begun:
     """A sequence is in a step in flight: for the first time, or again after it had to give way."""
 
 
-Deliver = Callable[[Token | WantedRows | Begun | Exception], None]
+Deliver = Callable[[Token | WantedRows | Begun | TracedStep | Exception], None]
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class JournalEntry:
     want: Want = NOTHING
     cache_salt: str = ""
     grammar: str | None = None
+    traced: bool = False
     emitted: list[int] = field(default_factory=list)
     rows_seen: dict[str, int] = field(default_factory=dict)
     """Of each wanted array, how many rows have come: those of a new epoch come again."""
@@ -46,6 +48,7 @@ class JournalEntry:
             want=self.want,
             grammar=self.grammar,
             cache_salt=self.cache_salt,
+            traced=self.traced,
         )
 
     def sees(self, rows: WantedRows) -> bool:
@@ -126,6 +129,16 @@ class Journal:
         """Tell whoever reads these sequences that they wait no more."""
         for seq_id in seq_ids:
             self._entries[seq_id].deliver(Begun())
+
+    def note_steps(self, batch: TokenBatch, heard: float) -> None:
+        """Tell whoever reads them what the steps of traced sequences have taken."""
+        if batch.epoch != self.epoch:
+            return
+        for step in batch.steps:
+            for row in step.rows:
+                entry = self._entries.get(row.seq_id)
+                if entry is not None:
+                    entry.deliver(TracedStep(step, row, heard))
 
     def accept(self, batch: TokenBatch, refused: Callable[[str], Exception]) -> Moved:
         """Deliver the rows of the current epoch in order.

@@ -81,6 +81,10 @@ class LiveSequences:
             self._suspects.on_end(seq_id)
         return bool(moved.on or moved.over)
 
+    def note_steps(self, batch: TokenBatch, heard: float) -> None:
+        """What the engine says of traced steps; `heard` on the monotonic clock."""
+        self._journal.note_steps(batch, heard)
+
     def on_death(self, death: Mourn) -> tuple[bool, Messages]:
         """A worker died, perhaps of what was running: whether that narrowed down who is to blame.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
 from torch import Tensor
 
-from router.codec import decode, frame_with_rows, read_rows_buffer, rows_buffer
+from router.codec import decode, encode, frame_with_rows, read_rows_buffer, rows_buffer
 from router.layer_totals import LayerTotals
 from router.limits import EngineLimits
 from router.placement import RoutingTable
@@ -17,6 +18,7 @@ from router.step import StepPlan, StepResult
 from router.transport.base import Frame, FrameKind, Header, PeerLost, Transport
 from router.transport.tensors import tensor_buffer, torch_dtype, wire_dtype
 from shards.control import WorkerEvent
+from shards.exchange_meter import MeteredBackend, StepMeter
 from shards.expert_backend import ExpertBackend
 from shards.load_progress import OnRead
 from shards.model_runner import ModelRunner, StageOutput
@@ -50,6 +52,7 @@ class StageWorker(Worker):
             transport, self.on_unreachable, patience=spec.group.deadlines.hang_s
         )
         self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
+        self._exchanges = MeteredBackend(self.backend)
         is_last = spec.index == len(spec.group.stage_layers) - 1
         self._previous = f"{Role.STAGE}-{spec.index - 1}" if spec.index else f"{Role.ENGINE}-0"
         self._next = f"{Role.ENGINE}-0" if is_last else f"{Role.STAGE}-{spec.index + 1}"
@@ -94,7 +97,7 @@ class StageWorker(Worker):
     def on_limits(self, limits: EngineLimits) -> None:
         """Allocate the caches; those that are there already have this size."""
         if self._runner is None:
-            self._runner = self._make_runner(limits, self.backend)
+            self._runner = self._make_runner(limits, self._exchanges)
 
     def on_coming_epoch(self, epoch: int) -> None:
         """Steps in hand or in the backlog of earlier epochs are stale from here on."""
@@ -145,9 +148,12 @@ class StageWorker(Worker):
             self._forget_exchanges(before=epoch)
         try:
             plan = decode(StepPlan, frame.meta)
+            traced = plan.trace is not None
+            meter = StepMeter(self.spec.index, time.perf_counter()) if traced else None
+            self._exchanges.meter = meter
             done = self._runner.execute(plan, self._hidden(frame))
             self._check_step()
-            self._pass_on(frame, done)
+            self._pass_on(frame, done, plan, meter)
         except (StepLost, PeerLost) as error:
             log.warning("%s: a step of epoch %d is lost: %s", self.spec.peer, epoch, error)
             self._lost_epoch = epoch
@@ -166,17 +172,23 @@ class StageWorker(Worker):
         dtype = torch_dtype(frame.header.dtype)
         return read_rows(frame.buffers[0], dtype, self._shape.hidden_size)
 
-    def _pass_on(self, frame: Frame, done: StageOutput) -> None:
+    def _pass_on(
+        self, frame: Frame, done: StageOutput, plan: StepPlan, meter: StepMeter | None
+    ) -> None:
         """Send the plan and its rows on, or the result; wanted arrays of all stages so far too."""
         wanted = (*read_rows_buffer(frame.buffers[1:]), *done.wanted)
+        trace = plan.trace or ()
+        if meter is not None:
+            trace = (*trace, meter.trace(time.perf_counter()))
         if isinstance(done.output, StepResult):
             header = frame.header._replace(kind=FrameKind.RESULT)
-            result = replace(done.output, wanted=wanted)
+            result = replace(done.output, wanted=wanted, trace=trace)
             self.transport.send(self._next, frame_with_rows(header, result))
             return
         header = frame.header._replace(dtype=wire_dtype(done.output.dtype))
         buffers = (tensor_buffer(done.output.contiguous()), *rows_buffer(wanted))
-        self.transport.send(self._next, Frame(header, frame.meta, buffers))
+        meta = frame.meta if meter is None else encode(replace(plan, trace=trace))
+        self.transport.send(self._next, Frame(header, meta, buffers))
 
 
 def make_stage_worker(spec: WorkerSpec, transport: Transport, on_read: OnRead) -> StageWorker:

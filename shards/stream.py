@@ -14,21 +14,25 @@ from router.step import FinishReason, Token, WantedRows
 from shards.client import ReaderTooSlow, SequenceFailed, SequenceRefused
 from shards.journal import Begun
 from shards.outputs import Outputs
+from shards.sequence_trace import SequenceTrace, TracedStep
 
 log = logging.getLogger("conclave.group")
 
 MAX_BEHIND = 8192
 """Tokens that may wait for who reads them: the engine never does."""
 
-Item = Token | WantedRows | Begun
+Item = Token | WantedRows | Begun | TracedStep
 
 
 class GroupStream:
     """Tokens of one sequence, delivered on the event loop that asked for them."""
 
-    def __init__(self, abort: Callable[[], None], outputs: Outputs) -> None:
+    def __init__(
+        self, abort: Callable[[], None], outputs: Outputs, trace: SequenceTrace | None = None
+    ) -> None:
         self._loop = asyncio.get_running_loop()
         self._outputs = outputs
+        self._trace = trace
         self._queue: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self._abort = abort
         self._ended = False
@@ -58,14 +62,23 @@ class GroupStream:
         """
         if isinstance(item, WantedRows):
             self._outputs.put(item)
-        elif isinstance(item, Begun):
-            self._begun_at = self._begun_at or time.monotonic()
+        elif isinstance(item, Begun | TracedStep):
+            self._note(item)
         elif self._queue.qsize() < MAX_BEHIND:
             self._queue.put_nowait(item)
         elif not self._cut:
             self._cut = True
             self._queue.put_nowait(ReaderTooSlow(f"its reader is {MAX_BEHIND} tokens behind"))
             self._abort()
+
+    def _note(self, item: Begun | TracedStep) -> None:
+        if isinstance(item, Begun):
+            now = time.monotonic()
+            self._begun_at = self._begun_at or now
+            if self._trace is not None:
+                self._trace.begin(now)
+        elif self._trace is not None:
+            self._trace.see(item)
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         while not self._ended:

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from fastapi import FastAPI
@@ -26,7 +26,11 @@ from deploy.service import ApiService
 from router.layer_totals import LayerTotals
 from router.step import NO_TOKEN, NOTHING, EngineLoad, FinishReason, SamplingParams, Token, Want
 from shards.client import GroupState, GroupUnavailable, Trouble, WorkerStatus
+from shards.sequence_trace import SequenceTrace
 from tests.groups import running_group
+
+if TYPE_CHECKING:
+    from deploy.tracing import Tracing
 
 MAX_MODEL_LEN = 256
 Script = Callable[[tuple[int, ...], SamplingParams], list[int]]
@@ -111,6 +115,7 @@ class ScriptedClient:
         want: Want = NOTHING,
         grammar: str | None = None,
         cache_salt: str = "",
+        trace: SequenceTrace | None = None,
     ) -> ScriptedStream:
         ids = self.script(prompt, sampling)
         stream = ScriptedStream(next(self._ids), ids, sampling, self.delay, self.error)
@@ -147,7 +152,9 @@ def facts_of(model: str) -> ModelFacts:
 
 
 @contextmanager
-def running_service(folder: Path, **options: Any) -> Iterator[ApiService]:
+def running_service(
+    folder: Path, *, tracing: Tracing | None = None, **options: Any
+) -> Iterator[ApiService]:
     """The API over real workers, which are threads of this process."""
     with running_group(folder, **options) as group:
         limits = group.spec.limits
@@ -159,6 +166,7 @@ def running_service(folder: Path, **options: Any) -> Iterator[ApiService]:
             facts,
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
+            tracing=tracing,
         )
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from router import placement, step
+from router import placement, step, step_trace
 from router.codec import CodecError, decode, encode
 
 
@@ -24,7 +24,7 @@ def _messages(module: Any) -> list[type]:
     ]
 
 
-MESSAGES = [*_messages(step), *_messages(placement)]
+MESSAGES = [*_messages(step), *_messages(step_trace), *_messages(placement)]
 INT64 = st.integers(-(2**63), 2**63 - 1)
 st.register_type_strategy(int, INT64)
 st.register_type_strategy(float, st.floats(allow_nan=False))
