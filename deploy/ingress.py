@@ -14,11 +14,13 @@ from ray.exceptions import TaskCancelledError
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
+from deploy.live_settings import LiveSettings, initial_user_config
 from deploy.openai_errors import Json
 from deploy.printable import printable
 from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
+from deploy.user_config import changed_model, parse_user_config
 from deploy.version import VERSION
 from deploy.vocabulary import vocabulary_of
 from models.kernels.choice import backends, resolve_kernels
@@ -100,12 +102,15 @@ class Ingress:
             chat_template=resolved.chat_template,
             trust_request_chat_template=resolved.trust_request_chat_template,
         )
+        context = serve.get_replica_context()
+        user_config = initial_user_config(context)
+        if user_config is not None:  # a bad one fails here, before weights are read
+            changed_model(parse_user_config(user_config), model)
         # 100 000 tokens take a few tenths of a second.
         vocabulary = await asyncio.to_thread(vocabulary_of, model)
         resolved = replace(resolved, spec=replace(spec, vocabulary=vocabulary))
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))
-        context = serve.get_replica_context()
         prefix = f"conclave/{context.app_name}/{context.replica_tag}"
         # Off the loop: health checks are answered while the weights load.
         self._group = await asyncio.to_thread(make_group, resolved, prefix)
@@ -123,6 +128,13 @@ class Ingress:
             keep_alive_s=resolved.keep_alive_s,
         )
         self._calls = HandleCalls(self._service)
+        self._settings = LiveSettings(self._service)
+        if user_config is not None:
+            await self._settings.change(user_config)
+
+    async def reconfigure(self, user_config: object) -> None:
+        """Serve's `user_config` has changed, and nothing else: sampling, limits, chat template."""
+        await self._settings.change(user_config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(

@@ -33,6 +33,7 @@ from deploy.served_model import ServedModel
 from deploy.text_threads import TextThreads
 from deploy.tokenization import detokenize_body, tokenize_body
 from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
+from deploy.user_config import Settings
 from router.step import Want
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores
@@ -77,6 +78,7 @@ class ApiService:
         self._grammars = TextThreads(2)
         self._replica_id = replica_id
         self._build = dict(build or {})
+        self._shown: Mapping[str, Any] = {}
         self.strict = strict
         self.keep_alive_s = keep_alive_s
         """After so long without a chunk a stream says that it lives."""
@@ -86,6 +88,16 @@ class ApiService:
     def state(self) -> GroupState:
         """The model instance's state."""
         return self._client.state
+
+    @property
+    def settings(self) -> Settings:
+        """By which requests that begin now are answered."""
+        return Settings(model=self._model, limits=self._admission.limits)
+
+    def adopt(self, settings: Settings) -> None:
+        """Answer by other settings; requests under way keep theirs. Call on the event loop."""
+        self._model, self._admission.limits = settings.model, settings.limits
+        self._shown = settings.shown
 
     @property
     def health(self) -> Json:
@@ -101,8 +113,9 @@ class ApiService:
         self._check_model(request.model)
         self._facts.need_lm_head()
         self._check_predicted(request, "n")
-        prompt = await self._text.run(chat_prompt, self._model, request)
-        return await self._answer(request, [prompt])
+        model = self._model  # the whole request sees one
+        prompt = await self._text.run(chat_prompt, model, request)
+        return await self._answer(model, request, [prompt])
 
     async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
@@ -110,8 +123,9 @@ class ApiService:
         self._check_model(request.model)
         self._facts.need_lm_head()
         self._check_predicted(request, "n" if len(request.prompts) == 1 else "prompt")
-        prompts = await self._text.run(text_prompts, self._model, request, "prompt")
-        return await self._answer(request, prompts)
+        model = self._model
+        prompts = await self._text.run(text_prompts, model, request, "prompt")
+        return await self._answer(model, request, prompts)
 
     async def classify(self, body: object) -> Json:
         """/v1/classify: what the classification head says of each input. Raises ApiError."""
@@ -177,7 +191,7 @@ class ApiService:
 
     def version(self) -> Json:
         """/version: what decides the bits of an answer."""
-        return dict(self._build)
+        return {**self._build, **self._shown}
 
     def _model_card(self) -> Json:
         return {
@@ -201,19 +215,22 @@ class ApiService:
             )
 
     async def _answer(
-        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt]
+        self,
+        model: ServedModel,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
     ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         reading = prompts[0].reading
         grammar = None
         if asks_grammar(request, reading):
-            grammar = await self._grammars.run(answer_grammar, self._model, request, reading)
-        plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
+            grammar = await self._grammars.run(answer_grammar, model, request, reading)
+        plans = plan_choices(model, request, token_ids, echoes, grammar, reading)
         self._check_room(works(plans), "n")
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
-        context = self._context(request, record)
+        context = self._context(model, request, record)
         answer = Answer(self._client, self._gate, context, plans, token_ids, meter)
         if not request.stream:
             return await answer.collect()
@@ -277,15 +294,15 @@ class ApiService:
             )
 
     def _context(
-        self, request: ChatRequest | CompletionRequest, record: RequestRecord
+        self, model: ServedModel, request: ChatRequest | CompletionRequest, record: RequestRecord
     ) -> ReplyContext:
         chat = isinstance(request, ChatRequest)
         options = request.stream_options
         return ReplyContext(
             request_id=f"{'chatcmpl' if chat else 'cmpl'}-{record.request_id}",
-            model=self._model.name,
+            model=model.name,
             created=int(time.time()),
-            tokenizer=self._model.tokenizer,
+            tokenizer=model.tokenizer,
             chat=chat,
             num_logprobs=(
                 request.wanted_logprobs if isinstance(request, ChatRequest) else request.logprobs
@@ -296,7 +313,7 @@ class ApiService:
             include_usage=options is not None and options.include_usage,
             continuous_usage=options is not None and options.continuous_usage_stats,
             warnings=(
-                *field_warnings(self._model, request),
-                *grammar_warnings(self._model, request),
+                *field_warnings(model, request),
+                *grammar_warnings(model, request),
             ),
         )
