@@ -48,7 +48,7 @@ async def test_workers_import_what_they_need(executor: str, tmp_path: Path) -> N
             "torch numpy ray fastapi starlette rich yaml jinja2 transformers",
         ),
         ("deploy.config", "torch numpy ray fastapi starlette typer rich jinja2 transformers"),
-        ("deploy.proxy_request_id", "torch ray fastapi pydantic typer jinja2 transformers"),
+        ("deploy.proxy_request_id", "torch numpy ray fastapi pydantic typer jinja2 transformers"),
         ("shards.worker_main", "torch numpy ray fastapi pydantic jinja2 transformers deploy"),
         ("shards.actors", "torch fastapi starlette ray.serve jinja2 transformers deploy"),
         ("deploy.app", "torch transformers tokenizers tiktoken sentencepiece openai typer"),
