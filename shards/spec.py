@@ -45,7 +45,7 @@ class Deadlines:
 class WarmUp:
     """One sequence that passes through everything before the first client's does.
 
-    `max_tokens` is 1, or 0 where the model or its context allows none.
+    `max_tokens` is 1, or 0 where the model has no head to make one.
     """
 
     token_id: int

@@ -18,8 +18,8 @@ WARM_UP_ID = 0
 def warm_up_entry(warm_up: WarmUp, done: Callable[[], None]) -> JournalEntry:
     """What goes into the journal; `done` is called once, when it has ended.
 
-    An error of its own (a model that is not finite there, a context without room) is the
-    sequence's, as it would be a client's: the group has answered.
+    An error of its own, such as a value that is not finite, is the sequence's, as it would be a
+    client's: the group has answered.
     """
 
     def deliver(item: Token | WantedRows | Begun | Exception) -> None:
