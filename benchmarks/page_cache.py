@@ -13,12 +13,21 @@ def drop(folder: Path) -> float:
 
     Takes no privileges, but the system only drops what nobody maps and is written back.
     """
-    files = [file for file in folder.iterdir() if file.is_file() and file.stat().st_size]
-    for file in files:
+    for file in _files(folder):
         with file.open("rb") as opened:
             os.fsync(opened.fileno())
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return cached_share(folder)
+
+
+def cached_share(folder: Path) -> float:
+    """How much of a folder's files is in the page cache: 0 to 1."""
+    files = _files(folder)
     return sum(map(_cached_bytes, files)) / sum(file.stat().st_size for file in files)
+
+
+def _files(folder: Path) -> list[Path]:
+    return [file for file in folder.iterdir() if file.is_file() and file.stat().st_size]
 
 
 def _cached_bytes(file: Path) -> int:
