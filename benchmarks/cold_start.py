@@ -97,7 +97,8 @@ def median(runs: Sequence[Numbers], key: str) -> float:
 
 def compare_reading(folder: Path, rounds: int, threads: int) -> None:
     """Our reader and `dd` in turn, from a cold page cache."""
-    dds, ours = [], []
+    dds: list[Numbers] = []
+    ours: list[Numbers] = []
     for number in range(rounds):
         left = drop(folder)
         dds.append(dd(folder))
@@ -113,7 +114,9 @@ def compare_reading(folder: Path, rounds: int, threads: int) -> None:
 
 def compare_first_tokens(folder: Path, rounds: int, threads: int) -> None:
     """From nothing to a token, in process and through the server, beside Transformers."""
-    ours, server, theirs = [], [], []
+    ours: list[Numbers] = []
+    server: list[Numbers] = []
+    theirs: list[Numbers] = []
     for _ in range(rounds):
         for kind, runs in (("conclave", ours), ("transformers", theirs)):
             drop(folder)
