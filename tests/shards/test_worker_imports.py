@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.demo import NANO_MODELS
 from router.step import SamplingParams
 from tests.groups import ask, running_group
 from tests.module_list import modules_of, telling_environment
@@ -22,7 +23,8 @@ GREEDY = SamplingParams(max_tokens=3, temperature=0.0)
 
 @pytest.mark.parametrize("executor", ["local", "pipeline"])
 async def test_workers_import_what_they_need(executor: str, tmp_path: Path) -> None:
-    folder, asked = write_tiny("jamba", tmp_path / "model"), tmp_path / "asked"
+    family = "phimoe" if executor == "local" else "dbrx"
+    folder, asked = write_tiny(family, tmp_path / "model"), tmp_path / "asked"
     asked.mkdir()
     options = {"executor": executor, "warm_spare": False}
     with running_group(folder, processes=True, env=telling_environment(asked), **options) as group:
@@ -32,12 +34,25 @@ async def test_workers_import_what_they_need(executor: str, tmp_path: Path) -> N
     assert workers.keys() == roles
     for modules in workers.values():
         assert "shards.worker" in modules
+        assert "torch._dynamo" not in modules
         assert {m.partition(".")[0] for m in modules} & set(NEVER_USED.split()) == set()
     if executor == "pipeline":
         # It only plans: nothing that computes, and nothing that reads weights.
         assert not {"torch", "numpy", "safetensors", "models.dbrx"} & workers["engine"]
         assert "llguidance" not in workers["expert"]
         assert "shards.model_runner" not in workers["expert"] | workers["dispatcher"]
+
+
+@pytest.mark.parametrize("name", NANO_MODELS)
+def test_checking_a_model_imports_no_compiler(name: str) -> None:
+    program = (
+        "import sys; from deploy.config import parse_args; from deploy.resolve import resolve; "
+        f"resolve(parse_args({{'model': '{name}'}})); print(*sys.modules, sep=chr(10))"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    absent = {"torch._dynamo", "torch._inductor", "sympy", "ray", "fastapi", "transformers"}
+    assert absent & set(done.stdout.split()) == set()
 
 
 @pytest.mark.parametrize(
