@@ -59,7 +59,7 @@ class StartRecord:
     def on_started(self, spec: WorkerSpec, started: Started, now: float) -> None:
         """It is there; who dies before the group is ready is counted as its successor."""
         spawned = self._spawned.pop(spec, None)
-        if spawned is None or self._epoch is not None:
+        if spawned is None:
             return
         times = started.times
         own_s = times.imports_s + times.read_s + times.init_s
