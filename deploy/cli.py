@@ -31,6 +31,10 @@ app = typer.Typer(
 )
 
 
+# Options that Serve's own ways of starting an application do not have.
+_OF_THE_COMMAND = ("config", "profile_startup", "profile_startup_json")
+
+
 def _option(*names: str, help: str) -> Any:
     return typer.Option(*names, help=help, show_default=False)
 
@@ -168,9 +172,15 @@ def serve(
     trace_sample_ratio: Annotated[
         str | None, _option("--trace-sample-ratio", help="Requests traced, 0 to 1; default 1.")
     ] = None,
+    profile_startup: Annotated[
+        bool, typer.Option("--profile-startup", help="Show what the start took, part by part.")
+    ] = False,
+    profile_startup_json: Annotated[
+        Path | None, _option("--profile-startup-json", help="The same into a file, as JSON.")
+    ] = None,
 ) -> None:
     """Serve one model until SIGTERM; prints `ready on http://HOST:PORT` when it can answer."""
-    given = {key: value for key, value in locals().items() if key != "config"}
+    given = {key: value for key, value in locals().items() if key not in _OF_THE_COMMAND}
     if len(model) > 1:
         raise ConfigError(f"model={' '.join(model)}: allowed values are one MODEL per server")
     options = _read_config(config) | {k: v for k, v in given.items() if v is not None and v != []}
@@ -183,7 +193,15 @@ def serve(
     from deploy.server import serve_forever
 
     model_folder(args.model)
-    sys.exit(serve_forever(args, address.host, address.port))
+    sys.exit(
+        serve_forever(
+            args,
+            address.host,
+            address.port,
+            profile_startup=profile_startup,
+            profile_file=profile_startup_json,
+        )
+    )
 
 
 @app.command()

@@ -244,7 +244,9 @@ def take_address(options: Mapping[str, Any]) -> tuple[Address, dict[str, Any]]:
     try:
         return Address(**mine), others
     except ValidationError as error:
-        raise ConfigError(_sentence(error.errors(include_url=False)[0])) from None
+        raise ConfigError(
+            _sentence(error.errors(include_url=False)[0], Address.model_fields)
+        ) from None
 
 
 def _refusal(key: str, value: object, allowed: tuple[object, ...], why: str = "") -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -14,16 +14,21 @@ from ray.exceptions import TaskCancelledError
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
+from deploy.live_settings import LiveSettings, initial_user_config
 from deploy.openai_errors import Json
 from deploy.printable import printable
+from deploy.replica_start import ReplicaClock
 from deploy.resolve import ResolvedArgs
 from deploy.served_model import load_served_model
 from deploy.service import ApiService
+from deploy.user_config import changed_model, parse_user_config
 from deploy.version import VERSION
 from deploy.vocabulary import vocabulary_of
+from deploy.warm_up import warm_up_of
 from models.kernels.choice import backends, resolve_kernels
-from shards.client import GroupState, ModelClient
+from shards.client import GroupState
 from shards.cores import available_cores, default_threads
+from shards.group import ModelGroup
 from shards.logs import log_to_stderr
 from shards.spec import GroupSpec
 
@@ -33,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("conclave.ingress")
 
 
-def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
+def make_group(resolved: ResolvedArgs, prefix: str) -> ModelGroup:
     """Build and start the model instance inside this replica's placement group; blocks.
 
     Raises GroupFailed when it cannot be started.
@@ -42,7 +47,6 @@ def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
 
     from router.transport.sockets import SocketTransport
     from shards.control import INGRESS
-    from shards.group import ModelGroup
     from shards.ray_launcher import RayLauncher
 
     spec: GroupSpec = resolved.spec
@@ -97,27 +101,35 @@ class Ingress:
 
     # Serve awaits constructors that are coroutines.
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
+        clock = ReplicaClock()
         level = logging.getLevelNamesMapping()[resolved.log_level.upper()]
         log_to_stderr(level, resolved.log_format)
         self._api_keys, self._http = resolved.api_keys, resolved.http
         # Chosen here, where the weights will be, and not wherever the command was typed.
-        spec = await asyncio.to_thread(settle, resolved)
-        model = load_served_model(
-            resolved.served_model_name,
-            resolved.model_path,
-            resolved.vocab_size,
-            spec.limits.max_model_len,
-            tool_call_parser=resolved.tool_call_parser,
-            reasoning_parser=resolved.reasoning_parser,
-            chat_template=resolved.chat_template,
-            trust_request_chat_template=resolved.trust_request_chat_template,
-        )
+        with clock.part("kernels"):
+            spec = await asyncio.to_thread(settle, resolved)
+        with clock.part("tokenizer"):
+            model = load_served_model(
+                resolved.served_model_name,
+                resolved.model_path,
+                resolved.vocab_size,
+                spec.limits.max_model_len,
+                tool_call_parser=resolved.tool_call_parser,
+                reasoning_parser=resolved.reasoning_parser,
+                chat_template=resolved.chat_template,
+                trust_request_chat_template=resolved.trust_request_chat_template,
+            )
+        context = serve.get_replica_context()
+        user_config = initial_user_config(context)
+        if user_config is not None:  # a bad one fails here, before weights are read
+            changed_model(parse_user_config(user_config), model)
         # 100 000 tokens take a few tenths of a second.
-        vocabulary = await asyncio.to_thread(vocabulary_of, model)
-        resolved = replace(resolved, spec=replace(spec, vocabulary=vocabulary))
+        with clock.part("tokenizer"):
+            vocabulary = await asyncio.to_thread(vocabulary_of, model)
+        spec = replace(spec, vocabulary=vocabulary, warm_up=warm_up_of(resolved))
+        resolved = replace(resolved, spec=spec)
         for warning in (*resolved.warnings, *model.warnings):
             log.warning("%s: %s", printable(model.name), printable(warning))
-        context = serve.get_replica_context()
         prefix = f"conclave/{context.app_name}/{context.replica_tag}"
         tracing = start_tracing(resolved, context.replica_tag)
         # Off the loop: health checks are answered while the weights load.
@@ -137,6 +149,14 @@ class Ingress:
             tracing=tracing,
         )
         self._calls = HandleCalls(self._service)
+        self._settings = LiveSettings(self._service)
+        if user_config is not None:
+            await self._settings.change(user_config)
+        self._start = clock.start(context.replica_tag, self._group.start_record)
+
+    async def reconfigure(self, user_config: object) -> None:
+        """Serve's `user_config` has changed, and nothing else: sampling, limits, chat template."""
+        await self._settings.change(user_config)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(
@@ -178,6 +198,10 @@ class Ingress:
     async def experts(self) -> Json:
         """What /v1/experts shows."""
         return self._service.experts()
+
+    async def startup(self) -> Json:
+        """What the start of the replica that is asked took, in seconds."""
+        return asdict(self._start)
 
     async def metrics(self) -> str:
         """What /metrics shows of the replica that is asked."""

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import msgspec
+
 from deploy.config import ServeArgs
 from deploy.local_ray import ray_session
+from deploy.replica_start import ReplicaStart
 from deploy.reservation import num_cpus
 from deploy.resolve import ResolvedArgs, resolve
+from deploy.startup_profile import CommandClock, startup_json, startup_parts, startup_table
 from deploy.tell import tell
 from shards.client import GroupFailed
+from shards.prefetch import begin_prefetch
 
 log = logging.getLogger("conclave.server")
 
@@ -161,13 +169,40 @@ def _failure_of(name: str) -> str:
     return found[1] if found else ""
 
 
-def serve_forever(args: ServeArgs, host: str, port: int) -> int:
+def _print_profile(clock: CommandClock, name: str, file: Path | None) -> None:
+    """What the start took, as a table on standard error and as JSON in a file."""
+    from ray import serve
+
+    try:
+        answer = serve.get_app_handle(name).startup.remote().result(timeout_s=_WATCH_S)
+    except Exception as error:  # Ray raises many kinds; the server serves all the same
+        log.warning("what the start took cannot be asked for: %s", error)
+        return
+    replica = msgspec.convert(answer, ReplicaStart)
+    parts = startup_parts(clock.parts, replica)
+    print(startup_table(parts, replica), file=sys.stderr, flush=True)
+    if file is not None:
+        try:
+            file.write_text(startup_json(parts, replica), encoding="utf-8")
+        except OSError as error:
+            log.warning("the profile of the start cannot be written: %s", error)
+
+
+def serve_forever(
+    args: ServeArgs,
+    host: str,
+    port: int,
+    *,
+    profile_startup: bool = False,
+    profile_file: Path | None = None,
+) -> int:
     """Serve until SIGTERM (0) or SIGINT (130); 1 when the model cannot be started.
 
     A signal before it serves, or a second one while it drains, ends it at once (130).
 
     Raises ConfigError before anything is started.
     """
+    clock = CommandClock()
     resolved = resolve(args)
     try:
         _check_port(host, port)
@@ -176,20 +211,30 @@ def serve_forever(args: ServeArgs, host: str, port: int) -> int:
         return 1
     signals = _Signals()
     signals.install()
+    clock.mark("checks")
+    if not os.environ.get("RAY_ADDRESS"):  # every actor will be here, and read its part of them
+        begin_prefetch(Path(resolved.model_path))
     try:
         shows_logs = args.log_level in ("debug", "info") or args.log_format == "json"
         with ray_session(num_cpus(resolved), args.log_level, shows_logs=shows_logs):
             from ray import serve
 
+            clock.mark("Ray")
             try:
                 serve.start(http_options={"host": host, "port": port})
+                clock.mark("Serve")
                 _run(resolved)
             except Exception as error:
                 tell(f"cannot serve: {error}", logging.ERROR)
                 return 1
+            clock.mark("application")
             signals.serving = True
             url = f"http://{host}:{port}"
             _print_choices(url, resolved.api_keys)
+            if profile_startup or profile_file is not None:
+                clock.mark("ready")
+                name = application_name(resolved.served_model_name)
+                _print_profile(clock, name, profile_file)
             print(f"ready on {url}", flush=True)
             signals.wait(_FailureWatch(f"{url}/health"))
             _drain(application_name(resolved.served_model_name))

@@ -31,6 +31,7 @@ from deploy.served_model import ServedModel
 from deploy.text_threads import TextLanes, TextThreads
 from deploy.tokenization import check_id_count, detokenize_body, tokenize_body
 from deploy.tokenize_schema import DetokenizeRequest, TokenizeRequest
+from deploy.user_config import Settings
 from shards.client import GroupState, ModelClient
 from shards.cores import available_cores
 
@@ -81,6 +82,7 @@ class ApiService:
         self._grammars = TextThreads(2)
         self._replica_id = replica_id
         self._build = dict(build or {})
+        self._shown: Mapping[str, Any] = {}
         self.strict = strict
         self.keep_alive_s = keep_alive_s
         """After so long without a chunk a stream says that it lives."""
@@ -95,6 +97,16 @@ class ApiService:
         return self._client.state
 
     @property
+    def settings(self) -> Settings:
+        """By which requests that begin now are answered."""
+        return Settings(model=self._model, limits=self._admission.limits)
+
+    def adopt(self, settings: Settings) -> None:
+        """Answer by other settings; requests under way keep theirs. Call on the event loop."""
+        self._model, self._admission.limits = settings.model, settings.limits
+        self._shown = settings.shown
+
+    @property
     def health(self) -> Json:
         """/health: the state, and what is wrong with it, if anything is."""
         failure, trouble = self._client.failure, self._client.trouble
@@ -107,7 +119,8 @@ class ApiService:
         request = parse_request(ChatRequest, body, strict=self.strict)
         self._check_model(request.model)
         self._facts.need_lm_head()
-        return await self._generate(request, "n", lambda: [chat_prompt(self._model, request)])
+        model = self._model  # the whole request sees one
+        return await self._generate(model, request, "n", lambda: [chat_prompt(model, request)])
 
     async def completions(self, body: object) -> Json | PatientStream:
         """/v1/completions: the response, or its chunks with `stream`. Raises ApiError."""
@@ -115,8 +128,9 @@ class ApiService:
         self._check_model(request.model)
         self._facts.need_lm_head()
         param = "n" if len(request.prompts) == 1 else "prompt"
+        model = self._model
         return await self._generate(
-            request, param, lambda: text_prompts(self._model, request, "prompt")
+            model, request, param, lambda: text_prompts(model, request, "prompt")
         )
 
     async def classify(self, body: object) -> Json:
@@ -188,7 +202,7 @@ class ApiService:
 
     def version(self) -> Json:
         """/version: what decides the bits of an answer."""
-        return dict(self._build)
+        return {**self._build, **self._shown}
 
     def _model_card(self) -> Json:
         return {
@@ -213,32 +227,38 @@ class ApiService:
 
     async def _generate(
         self,
+        model: ServedModel,
         request: ChatRequest | CompletionRequest,
         param: str,
         make_prompts: Callable[[], list[Prompt]],
     ) -> Json | PatientStream:
         place, size = self._take(request, param)
         try:
-            return await self._answer(request, await self._text.run(size, make_prompts), place)
+            prompts = await self._text.run(size, make_prompts)
+            return await self._answer(model, request, prompts, place)
         except BaseException:
             place.leave()
             raise
 
     async def _answer(
-        self, request: ChatRequest | CompletionRequest, prompts: list[Prompt], place: Place
+        self,
+        model: ServedModel,
+        request: ChatRequest | CompletionRequest,
+        prompts: list[Prompt],
+        place: Place,
     ) -> Json | PatientStream:
         token_ids = [prompt.token_ids for prompt in prompts]
         echoes = self._echoes(request, prompts)
         reading = prompts[0].reading
         grammar = None
         if asks_grammar(request, reading):
-            grammar = await self._grammars.run(answer_grammar, self._model, request, reading)
-        plans = plan_choices(self._model, request, token_ids, echoes, grammar, reading)
+            grammar = await self._grammars.run(answer_grammar, model, request, reading)
+        plans = plan_choices(model, request, token_ids, echoes, grammar, reading)
         self._check_ready()
         place.settle(works(plans))
         record = current_record()
         meter = AnswerMeter(self.metrics, record)
-        context = reply_context(self._model, request, record.request_id)
+        context = reply_context(model, request, record.request_id)
         source = record.watched(self._client)
         answer = Answer(source, place, context, plans, token_ids, meter)
         if not request.stream:

@@ -66,9 +66,18 @@ class TokenDispatcher:
     the passes over the rows, PyTorch by default.
     """
 
-    def __init__(self, send: Callable[[int, Frame], None], moves: RowMoves | None = None) -> None:
+    def __init__(
+        self,
+        send: Callable[[int, Frame], None],
+        moves: RowMoves | None = None,
+        *,
+        first_epoch: int = 0,
+    ) -> None:
+        """Exchanges before `first_epoch` are not counted."""
         self.table: RoutingTable | None = None
         self.layers: dict[int, LayerTotals] = {}
+        self._uncounted: dict[int, LayerTotals] = {}
+        self._first_epoch = first_epoch
         self.oldest_epoch = 0
         self._send = send
         self._sequence = 0
@@ -116,12 +125,16 @@ class TokenDispatcher:
             key, hidden, expert_ids, weights, self._order_of(expert_ids), self._moves, self._pool
         )
         counts = exchange.counts
-        self.layers.setdefault(key.layer, LayerTotals()).count_tokens(counts)
+        self._totals(key).count_tokens(counts)
         used = tuple(expert for expert, count in enumerate(counts) if count)
         if used:
             self._exchanges[exchange_key] = exchange
             self._dispatch([(exchange, used)])
         return exchange
+
+    def _totals(self, key: Header) -> LayerTotals:
+        layers = self.layers if key.epoch >= self._first_epoch else self._uncounted
+        return layers.setdefault(key.layer, LayerTotals())
 
     def on_result(self, shard: int, frame: Frame) -> Exchange | None:
         """Take an EXPERT_RESULT; the exchange it completes, if any.
@@ -135,7 +148,7 @@ class TokenDispatcher:
         (buffer,) = frame.buffers
         exchange = call.exchange
         exchange.answer(call.experts, buffer)
-        totals = self.layers[exchange.header.layer]
+        totals = self._totals(exchange.header)
         totals.received_bytes += buffer.nbytes
         del self._calls[sequence]
         exchange.outstanding.remove(sequence)
@@ -233,7 +246,7 @@ class TokenDispatcher:
         # Known before it is sent: a loss in `send` finds it among the shard's calls.
         self._calls[sequence] = _Call(exchange, shard, self._live[shard], experts)
         exchange.outstanding.add(sequence)
-        totals = self.layers[exchange.header.layer]
+        totals = self._totals(exchange.header)
         totals.calls += 1
         totals.sent_bytes += rows.nbytes
         self._send(shard, frame)
@@ -252,6 +265,6 @@ class TokenDispatcher:
             if gone(call):
                 del self._calls[sequence]
                 call.exchange.outstanding.remove(sequence)
-                self.layers[call.exchange.header.layer].resends += 1
+                self._totals(call.exchange.header).resends += 1
                 work.append((call.exchange, call.experts))
         return work

@@ -15,6 +15,7 @@ from shards.load_progress import Report
 from shards.logs import log_to_stderr
 from shards.spare_process import warm_up
 from shards.spec import GroupSpec, WorkerSpec
+from shards.start_clock import StartClock
 from shards.worker import RunsForever, announce, make_worker
 
 log = logging.getLogger("conclave.actors")
@@ -36,6 +37,7 @@ class _Shell:
 
         `place` is the worker's on the board of loading progress.
         """
+        clock = StartClock()
         host = ray.util.get_node_ip_address() if across_nodes else None
         transport = SocketTransport(
             spec.peer,
@@ -43,8 +45,8 @@ class _Shell:
             tcp_host=host,
             spin_seconds=spin_seconds(spec.group, available_cores()),
         )
-        self._worker = make_worker(spec, transport, _reporter(place))
-        return announce(self._worker, spec, self.node_id())
+        self._worker = make_worker(spec, transport, _reporter(place), clock)
+        return announce(self._worker, spec, self.node_id(), clock)
 
     def run(self) -> None:
         """The data loop."""

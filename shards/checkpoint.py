@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from shards.safetensors_file import (
     opened,
     read_exactly,
     read_header,
+    will_need,
 )
 
 _DTYPES = {
@@ -40,6 +43,35 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be served; the message names the file or tensor and the reason."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Run:
+    """Rows of a tensor in memory, and the bytes in a file that belong into them."""
+
+    rows: Tensor
+    """Turned if the file has them turned; of the dtype that is wanted, the file's is `dtype`."""
+    file: Path
+    offset: int
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one row in the file."""
+        return math.prod(self.rows.shape[1:]) * self.dtype.itemsize
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all of them in the file."""
+        return len(self.rows) * self.row_bytes
+
+    def split(self, most: int) -> Iterator[Run]:
+        """Runs of at most `most` bytes, or of one row."""
+        step = max(1, most // max(1, self.row_bytes))
+        for start in range(0, len(self.rows), step):
+            offset = self.offset + start * self.row_bytes
+            yield replace(self, rows=self.rows[start : start + step], offset=offset)
+
+
 class Checkpoint:
     """A folder with `model.safetensors`, or with its sharded form and index.
 
@@ -52,6 +84,7 @@ class Checkpoint:
         self.bytes_read = 0
         """Bytes of tensor data read so far."""
         self._on_read = on_read
+        self._counting = threading.Lock()
         self._tensors: dict[str, StoredTensor] = {}
         self._count(0)
         for file, listed in self._listed_files().items():
@@ -104,15 +137,29 @@ class Checkpoint:
         Takes no more memory than the result and a small buffer; the result comes from `arena`
         where there is one.
         """
-        empty = torch.empty if arena is None else arena.empty
-        owned = empty(wanted.shape, dtype=dtype, device=device)
-        start = 0
-        for leaf in wanted.leaves:
-            self._read_into(owned[start : start + leaf.shape[0]], leaf)
-            start += leaf.shape[0]
+        owned, runs = self.place(wanted, dtype, device, arena)
+        for run in runs:
+            self.fill(run)
         return owned
 
-    def _read_into(self, target: Tensor, wanted: TensorSlice) -> None:
+    def place(
+        self,
+        wanted: TensorSlice,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        arena: Arena | None = None,
+    ) -> tuple[Tensor, list[Run]]:
+        """The same, not read yet, and what `fill` must be called with. Raises CheckpointError."""
+        empty = torch.empty if arena is None else arena.empty
+        owned = empty(wanted.shape, dtype=dtype, device=device)
+        runs: list[Run] = []
+        start = 0
+        for leaf in wanted.leaves:
+            runs.append(self._run(owned[start : start + leaf.shape[0]], leaf))
+            start += leaf.shape[0]
+        return owned, runs
+
+    def _run(self, target: Tensor, wanted: TensorSlice) -> Run:
         source = self.find(wanted)
         stored, dtype = self._entry(source.name), self.dtype(source.name)
         if (dtype is torch.int8) != (target.dtype is torch.int8):
@@ -131,33 +178,39 @@ class Checkpoint:
             first += source.index * stored.shape[1]
         rows = target.t() if source.transpose else target
         row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
+        return Run(rows, stored.file, stored.offset + first * row_bytes, dtype, source.name)
+
+    def fill(self, run: Run) -> None:
+        """Read a run, piece by piece, through a buffer if need be. Thread-safe.
+
+        Raises CheckpointError.
+        """
+        rows = run.rows
+        step = max(1, _PIECE_BYTES // max(1, run.row_bytes))
+        in_place = rows.dtype == run.dtype and rows.is_cpu and rows.is_contiguous()
+        shape = (min(step, len(rows)), *rows.shape[1:])
+        buffer = None if in_place else torch.empty(shape, dtype=run.dtype)
         try:
-            self._fill(rows, stored, stored.offset + first * row_bytes, dtype)
+            with opened(run.file) as descriptor:
+                will_need(descriptor, run.offset, run.num_bytes)
+                for start in range(0, len(rows), step):
+                    part = rows[start : start + step]
+                    piece = part if buffer is None else buffer[: len(part)]
+                    offset = run.offset + start * run.row_bytes
+                    read_exactly(descriptor, offset, tensor_buffer(piece))
+                    if buffer is not None:
+                        part.copy_(piece)
+                    self._count(piece.nbytes)
         except (OSError, EOFError) as error:
             raise CheckpointError(
-                f"{stored.file}: tensor {source.name} cannot be read: {error}"
+                f"{run.file}: tensor {run.name} cannot be read: {error}"
             ) from error
 
-    def _fill(self, rows: Tensor, stored: StoredTensor, offset: int, dtype: torch.dtype) -> None:
-        """Read all `rows` from `offset` on, piece by piece, through a buffer if need be."""
-        row_bytes = math.prod(rows.shape[1:]) * dtype.itemsize
-        step = max(1, _PIECE_BYTES // max(1, row_bytes))
-        in_place = rows.dtype == dtype and rows.is_cpu and rows.is_contiguous()
-        shape = (min(step, len(rows)), *rows.shape[1:])
-        buffer = None if in_place else torch.empty(shape, dtype=dtype)
-        with opened(stored.file) as descriptor:
-            for start in range(0, len(rows), step):
-                part = rows[start : start + step]
-                piece = part if buffer is None else buffer[: len(part)]
-                read_exactly(descriptor, offset + start * row_bytes, tensor_buffer(piece))
-                if buffer is not None:
-                    part.copy_(piece)
-                self._count(piece.nbytes)
-
     def _count(self, num_bytes: int) -> None:
-        self.bytes_read += num_bytes
-        if self._on_read is not None:
-            self._on_read(num_bytes)
+        with self._counting:
+            self.bytes_read += num_bytes
+            if self._on_read is not None:
+                self._on_read(num_bytes)
 
     def _entry(self, name: str) -> StoredTensor:
         if name not in self._tensors:

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Protocol
 
 from router.layer_totals import LayerTotals
 from router.step import NOTHING, EngineLoad, SamplingParams, Token, Want
 from shards.sequence_trace import SequenceTrace
+
+if TYPE_CHECKING:  # Serve's proxy, too, imports the errors of this file
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 class GroupState(StrEnum):

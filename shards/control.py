@@ -39,6 +39,17 @@ class Control:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StartTimes:
+    """Seconds that a worker took for parts of its start, by its own clock."""
+
+    imports_s: float = 0.0
+    read_s: float = 0.0
+    """From the first header to the last byte of weights."""
+    init_s: float = 0.0
+    """The rest: kernels loaded, layers built."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """A worker has loaded its weights and listens at `address`."""
 
@@ -52,6 +63,7 @@ class Started:
     bytes_read: int = 0
     free_bytes: int | None = None
     """Memory that its node has left then; None when nobody asked."""
+    times: StartTimes = StartTimes()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,7 +24,10 @@ class DispatcherWorker(Worker):
         super().__init__(spec, transport)
         self._shape = shape
         self._links = ExpertLinks(
-            transport, self.on_unreachable, patience=spec.group.deadlines.hang_s
+            transport,
+            self.on_unreachable,
+            patience=spec.group.deadlines.hang_s,
+            first_epoch=spec.group.first_epoch,
         )
         self._open: dict[tuple[int, ...], tuple[str, Exchange]] = {}
         self._table: RoutingTable | None = None

@@ -23,6 +23,7 @@ from shards.launcher import Launcher
 from shards.outputs import Outputs
 from shards.sequence_trace import SequenceTrace
 from shards.spec import GroupSpec
+from shards.start_record import GroupStart
 from shards.stream import GroupStream
 
 
@@ -78,6 +79,11 @@ class ModelGroup:
     def cache_summary(self) -> str:
         """How much the caches hold, and what decided it; empty before that is known."""
         return str(self._loop.supervisor.caches or "")
+
+    @property
+    def start_record(self) -> GroupStart:
+        """How long it took to become ready, and of what that time was made."""
+        return self._loop.record.start
 
     @property
     def layer_totals(self) -> dict[int, LayerTotals]:

@@ -21,8 +21,10 @@ from shards.load_bound import LoadBound
 from shards.patience import Patience
 from shards.pulse_watch import PulseWatch
 from shards.spec import GroupSpec, Role, WorkerSpec
+from shards.start_record import StartRecord
 from shards.stream import Outbox
 from shards.supervisor import Supervisor
+from shards.warm_up import warm_up_entry
 from shards.worker import control_frame
 
 log = logging.getLogger("conclave.group")
@@ -45,6 +47,7 @@ class GroupLoop:
         self.supervisor = Supervisor(spec)
         self.pulse = PulseWatch(spec.secret, spec.deadlines, self._condemned)
         self.outbox = Outbox()
+        self.record = StartRecord()
         self.load = EngineLoad()
         self.reason = ""
         """Why the group has failed; empty otherwise."""
@@ -225,6 +228,7 @@ class GroupLoop:
 
     def _on_started(self, spec: WorkerSpec, started: Started) -> None:
         self._loading.end(spec)
+        self.record.on_started(spec, started, time.monotonic())
         actions = self.supervisor.on_started(spec, started, time.monotonic())
         if actions:
             self.pulse.watch(spec, started)
@@ -244,6 +248,7 @@ class GroupLoop:
             match action:
                 case Spawn(spec):
                     self._loading.begin(spec, time.monotonic())
+                    self.record.on_spawn(spec, time.monotonic())
                     self._launcher.spawn(spec, self)
                 case Discard(spec):
                     self._launcher.discard(spec)
@@ -259,10 +264,23 @@ class GroupLoop:
                     log.info("%s", self.supervisor.caches)
                     log.info("epoch %d begins with %d live sequences", epoch, len(self._sequences))
                     self._tell_engine(self._sequences.begin(epoch))
+                    self._begin_warm_up(epoch)
                 case GiveUp(reason):
                     log.error("giving up: %s", reason)
                     self.supervisor.state = GroupState.FAILED
                     self.reason = reason
+
+    def _begin_warm_up(self, epoch: int) -> None:
+        self.record.on_epoch(time.monotonic())
+        warm_up = self.spec.warm_up
+        if warm_up is not None and epoch == 1:
+            # Done in a call: what delivers its end must be through before the epoch ends.
+            entry = warm_up_entry(warm_up, lambda: self._calls.append(self._on_warm))
+            self._tell_engine(self._sequences.add(entry))
+
+    def _on_warm(self) -> None:
+        self.record.on_token(time.monotonic())
+        self._apply(self.supervisor.on_warm())
 
     def _dial(self, spec: WorkerSpec, address: str) -> None:
         try:

@@ -31,12 +31,12 @@ class LoadProgress:
         self._clock = clock
         self._bytes_read = 0
         self._started: float | None = None
-        self._reported = 0.0
+        self._reported = self._latest = 0.0
 
     def on_read(self, num_bytes: int) -> None:
         """So many bytes were just read; the first call, with 0, marks the beginning."""
         self._bytes_read += num_bytes
-        now = self._clock()
+        now = self._latest = self._clock()
         if self._started is None:
             self._started = self._reported = now
         elif now - self._reported >= _INTERVAL_S:
@@ -48,8 +48,13 @@ class LoadProgress:
         if self._started is None:
             return
         self._send()
-        seconds = self._clock() - self._started
-        log.info("%s: read %d bytes of weights in %.2f s", self._peer, self._bytes_read, seconds)
+        read, seconds = self._bytes_read, self.seconds
+        log.info("%s: read %d bytes of weights in %.2f s", self._peer, read, seconds)
+
+    @property
+    def seconds(self) -> float:
+        """From the first call to the latest one."""
+        return 0.0 if self._started is None else self._latest - self._started
 
     def _send(self) -> None:
         if self._report is None:

@@ -18,6 +18,7 @@ from shards.quantization import (
     scale_name,
     scale_slice,
 )
+from shards.readers import Readers
 from shards.verify import moe_pairs
 
 Device = torch.device | str
@@ -38,12 +39,13 @@ def load_stage(
     int8 = int8_parameters(stage, effective_quantization(quantization, config))
     weights: dict[str, Tensor] = {}
     arena = Arena()
-    for name, wanted in stage.tensors().items():
-        if name in int8:
-            values, scale = read_int8(config, checkpoint, wanted, device, arena)
-            weights[name], weights[scale_name(name)] = values, scale
-        else:
-            weights[name] = checkpoint.read(wanted, dtype, device, arena)
+    with Readers(checkpoint) as readers:
+        for name, wanted in stage.tensors().items():
+            if name in int8:
+                values, scale = read_int8(config, checkpoint, wanted, device, arena, readers)
+                weights[name], weights[scale_name(name)] = values, scale
+            else:
+                weights[name] = readers.read(wanted, dtype, device, arena)
     stage.load(weights)
     return stage
 
@@ -61,17 +63,19 @@ def load_experts(
     int8 = effective_quantization(quantization, config) != "none"
     arena = Arena()
 
-    def load(layer_idx: int, expert: int) -> ExpertWeights:
+    def load(readers: Readers, layer_idx: int, expert: int) -> ExpertWeights:
         parts: dict[str, Tensor] = {}
         for name, wanted in config.expert_tensors(layer_idx, expert).items():
             if int8:
-                values, scale = read_int8(config, checkpoint, wanted, device, arena)
+                values, scale = read_int8(config, checkpoint, wanted, device, arena, readers)
                 parts[name], parts[scale_name(name)] = values, scale
             else:
-                parts[name] = checkpoint.read(wanted, dtype, device, arena)
+                parts[name] = readers.read(wanted, dtype, device, arena)
         return ExpertWeights(**parts)
 
-    return ExpertBank(config, {pair: load(*pair) for pair in moe_pairs(config, experts)})
+    with Readers(checkpoint) as readers:
+        weights = {pair: load(readers, *pair) for pair in moe_pairs(config, experts)}
+    return ExpertBank(config, weights)
 
 
 def read_int8(
@@ -80,14 +84,17 @@ def read_int8(
     wanted: TensorSlice,
     device: Device = "cpu",
     arena: Arena | None = None,
+    readers: Readers | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A matrix as int8 values [N, K] and float32 scales [N], as stored or quantised when read.
 
-    Quantised from the values on disk, whatever dtype is served, one tensor at a time.
+    Quantised from the values on disk, whatever dtype is served, one tensor at a time; what is
+    stored is left to `readers`, if there are any.
     """
     if config.quantization != "none":
-        values = checkpoint.read(wanted, torch.int8, device, arena)
-        return values, checkpoint.read(scale_slice(wanted), torch.float32, device)
+        source = checkpoint if readers is None else readers
+        values = source.read(wanted, torch.int8, device, arena)
+        return values, source.read(scale_slice(wanted), torch.float32, device)
     empty = torch.empty if arena is None else arena.empty
     values = empty(wanted.shape, dtype=torch.int8, device=device)
     scale = torch.empty(wanted.shape[:1], device=device)

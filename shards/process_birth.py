@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from functools import cache
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def birth_of(pid: int) -> str:
         return f"{_place()} {_fields(_PROC / str(pid))[_START_TIME]}"
     except (OSError, IndexError):
         return ""
+
+
+def age_s() -> float:
+    """Seconds since this process began, to a hundredth; 0.0 where that cannot be known."""
+    try:
+        began = int(_fields(_PROC / "self")[_START_TIME]) / os.sysconf("SC_CLK_TCK")
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - began)
+    except (OSError, IndexError, ValueError, AttributeError):
+        return 0.0
 
 
 def is_at_work(pid: int, birth: str) -> bool:

@@ -44,14 +44,18 @@ class ExpertLinks:
     """
 
     def __init__(
-        self, transport: Transport, unreachable: Callable[[str], None], patience: float
+        self,
+        transport: Transport,
+        unreachable: Callable[[str], None],
+        patience: float,
+        first_epoch: int = 0,
     ) -> None:
         """`patience` (seconds): a shard that does not answer must not hold up all the others."""
         self._transport = transport
         self._patience = patience
         self._unreachable = unreachable
         self._connected: dict[int, int] = {}
-        self.dispatcher = TokenDispatcher(self._send, FastestRows())
+        self.dispatcher = TokenDispatcher(self._send, FastestRows(), first_epoch=first_epoch)
 
     def _send(self, shard: int, frame: Frame) -> None:
         self._transport.send(_peer(shard), frame)

@@ -66,6 +66,12 @@ def opened(file: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def will_need(descriptor: int, offset: int, num_bytes: int) -> None:
+    """Have the system begin to read some bytes, and return at once."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, offset, num_bytes, os.POSIX_FADV_WILLNEED)
+
+
 def read_exactly(descriptor: int, offset: int, target: memoryview) -> None:
     """Fill `target` with the file's bytes from `offset` on. Raises OSError, or EOFError."""
     while target:

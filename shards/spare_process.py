@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import os
 import threading
 
 from shards.cores import sleep_while_waiting
+from shards.role_modules import import_every_role
 from shards.spec import GroupSpec
 
 log = logging.getLogger("conclave.spare")
 
-# With what these import in turn, everything that starting a worker of any role imports.
-_MODULES = (
-    "shards.engine_worker",
-    "shards.stage_worker",
-    "shards.dispatcher_worker",
-    "shards.expert_worker",
-    "shards.local_executor",
-    "shards.kv_cache",
-    "shards.loading",
-)
 _LEAST_PRIORITY = 19
 
 
@@ -40,8 +30,7 @@ def warm_up(group: GroupSpec) -> None:
 
 def _warm_up(group: GroupSpec) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LEAST_PRIORITY)
-    for module in _MODULES:
-        importlib.import_module(module)
+    import_every_role()
 
     import torch
 

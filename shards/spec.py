@@ -42,6 +42,17 @@ class Deadlines:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class WarmUp:
+    """One sequence that passes through everything before the first client's does.
+
+    `max_tokens` is 1, or 0 where the model has no head to make one.
+    """
+
+    token_id: int
+    max_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GroupSpec:
     """One model instance as the user asked for it, every default already resolved.
 
@@ -77,6 +88,14 @@ class GroupSpec:
     """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""
     warm_spare: bool = False
     """Every node keeps one process ready to become any worker that must be started again."""
+
+    warm_up: WarmUp | None = None
+    """What the group computes in an epoch of its own before it is ready."""
+
+    @property
+    def first_epoch(self) -> int:
+        """The first one whose work is a client's, and counts."""
+        return 1 if self.warm_up is None else 2
 
     @property
     def num_expert_shards(self) -> int:

@@ -49,7 +49,10 @@ class StageWorker(Worker):
         self._lost_epoch = 0
         self._shape = shape
         self._links = ExpertLinks(
-            transport, self.on_unreachable, patience=spec.group.deadlines.hang_s
+            transport,
+            self.on_unreachable,
+            patience=spec.group.deadlines.hang_s,
+            first_epoch=spec.group.first_epoch,
         )
         self._actor = ActorBackend(transport, shape, spec.index, self._advance_step)
         self._exchanges = MeteredBackend(self.backend)

@@ -33,6 +33,7 @@ class Supervisor:
         self._epoch_open = False
         self._epoch_judged = True
         self._caches_lost = True
+        self._is_warm = spec.warm_up is None
         self._round = 0
         self._awaiting: set[str] = set()
         # Numbers of events: the last after which all were alive, the last death that blames.
@@ -68,8 +69,9 @@ class Supervisor:
         if self._is_over or ack != self._round or peer not in self._awaiting:
             return []
         self._awaiting.discard(peer)
-        if self._awaiting:
-            return []
+        return [] if self._awaiting else self._open_epoch()
+
+    def _open_epoch(self) -> list[Action]:
         self._epoch += 1
         self._epoch_open, self._epoch_judged = True, False
         self._refresh_state()
@@ -102,6 +104,16 @@ class Supervisor:
             return []
         self._epoch_judged = True
         actions = self._end_epoch() + self._connect_everyone()
+        self._refresh_state()
+        return actions
+
+    def on_warm(self) -> list[Action]:
+        """The warm-up is over: a new epoch forgets it, and the group is ready.
+
+        All connections are those of the one before, in which nothing is under way any more.
+        """
+        self._is_warm = self._caches_lost = True
+        actions = [*self._end_epoch(), *self._open_epoch()] if self._epoch_open else []
         self._refresh_state()
         return actions
 
@@ -294,7 +306,7 @@ class Supervisor:
         return [Tell(peer, control) for peer in self._live(Role.DISPATCHER)]
 
     def _refresh_state(self) -> None:
-        if self._epoch == 0 or self._is_over:
+        if self._epoch == 0 or self._is_over or not self._is_warm:
             return
         everyone = all(m.started is not None for m in self._members.values())
         held = self._placement is None or all(

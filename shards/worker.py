@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Protocol
 
 from router.codec import decode, encode
@@ -12,7 +13,7 @@ from router.layer_totals import LayerTotals
 from router.limits import EngineLimits
 from router.placement import RoutingTable
 from router.transport.base import Frame, FrameKind, Header, Lost, PeerLost, Received, Transport
-from shards.control import INGRESS, Control, Started, WorkerEvent
+from shards.control import INGRESS, Control, Started, StartTimes, WorkerEvent
 from shards.cores import sleep_while_waiting
 from shards.load_progress import LoadProgress, OnRead, Report
 from shards.memory import free_bytes
@@ -20,7 +21,9 @@ from shards.memory_policy import loading
 from shards.process_birth import birth_of
 from shards.pulse import Beat
 from shards.pulse_sender import PulseSender
+from shards.role_modules import import_role
 from shards.spec import Role, WorkerSpec
+from shards.start_clock import StartClock
 
 log = logging.getLogger("conclave.worker")
 
@@ -172,19 +175,32 @@ class Worker:
 
 
 def make_worker(
-    spec: WorkerSpec, transport: Transport, report: Report | None = None
+    spec: WorkerSpec,
+    transport: Transport,
+    report: Report | None = None,
+    clock: StartClock | None = None,
 ) -> RunsForever:
     """Build and load the worker a spec describes; `report` is told how far it is."""
+    clock = clock or StartClock()
     if spec.group.crowded:
         sleep_while_waiting()
+    if spec.group.executor == "local":  # it reads all of the files
+        from shards.prefetch import begin_prefetch
+
+        begin_prefetch(Path(spec.group.model_path))
+    import_role(spec.group, spec.role)
+    clock.imported()
     progress = LoadProgress(spec.peer, report)
     with loading():
         worker = _make_worker(spec, transport, progress.on_read)
     progress.finish()
+    clock.read(progress.seconds)
     return worker
 
 
-def announce(worker: RunsForever, spec: WorkerSpec, node_id: str = "") -> Started:
+def announce(
+    worker: RunsForever, spec: WorkerSpec, node_id: str = "", clock: StartClock | None = None
+) -> Started:
     """Start a loaded worker's pulse; what it says of itself.
 
     Raises ValueError if its memory cannot be measured.
@@ -206,6 +222,7 @@ def announce(worker: RunsForever, spec: WorkerSpec, node_id: str = "") -> Starte
         birth=birth_of(os.getpid()),
         bytes_read=worker.bytes_read,
         free_bytes=free,
+        times=StartTimes() if clock is None else clock.times,
     )
 
 

@@ -16,6 +16,7 @@ from router.transport.sockets import SocketTransport
 from shards.cores import available_cores, spin_seconds
 from shards.spare_process import warm_up
 from shards.spec import GroupSpec, WorkerSpec
+from shards.start_clock import StartClock
 from shards.subprocess_launcher import ALIVE, FATAL_EXIT
 from shards.worker import announce, make_worker
 
@@ -62,8 +63,9 @@ def main() -> int:
     spin = spin_seconds(spec.group, available_cores())
     transport = SocketTransport(spec.peer, spec.group.secret, spin_seconds=spin)
     try:
-        worker = make_worker(spec, transport)
-        started = announce(worker, spec)
+        clock = StartClock()
+        worker = make_worker(spec, transport, clock=clock)
+        started = announce(worker, spec, clock=clock)
     except ValueError as error:
         print(f"{spec.peer}: {error}", file=sys.stderr)
         return FATAL_EXIT

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from shards.client import GroupState
 from shards.control import INGRESS
 from shards.group import ModelGroup
 from shards.launcher import WorkerEvents
-from shards.spec import WorkerSpec
+from shards.spec import WarmUp, WorkerSpec
 from shards.subprocess_launcher import SubprocessLauncher
 from shards.worker import RunsForever, announce, make_worker
 
@@ -74,16 +74,18 @@ def running_group(
     *,
     processes: bool = False,
     make: MakeWorker = make_worker,
+    warm_up: WarmUp | None = None,
+    env: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Iterator[ModelGroup]:
     """A started group whose workers are threads, built by `make`, or with `processes` subprocesses
     of this test."""
     resolved = resolve(parse_args({"model": str(model), "dtype": "float32", **options}))
     served = load_served_model("tested", resolved.model_path, resolved.vocab_size, 1)
-    spec = replace(resolved.spec, vocabulary=vocabulary_of(served))
+    spec = replace(resolved.spec, vocabulary=vocabulary_of(served), warm_up=warm_up)
     transport = SocketTransport(INGRESS, spec.secret)
-    env = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info"}
-    launcher = SubprocessLauncher(env) if processes else ThreadLauncher(make)
+    environment = {"OMP_NUM_THREADS": "1", "CONCLAVE_LOG_LEVEL": "info", **(env or {})}
+    launcher = SubprocessLauncher(environment) if processes else ThreadLauncher(make)
     group = ModelGroup(spec, launcher, transport)
     group.start(timeout=120)
     try:

@@ -48,13 +48,17 @@ class RotaryEmbedding:
     def __init__(
         self, head_dim: int, theta: float, dtype: torch.dtype, long_rope: LongRope | None = None
     ) -> None:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        # Never on the meta device, where stages are built for their names alone: the first
+        # division there imports PyTorch's compiler, which takes more than a second.
+        here = torch.device("cpu")
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64, device=here).float() / head_dim
         base = torch.pow(theta, exponents)
         self._long_rope = long_rope
         if long_rope is None:
             self._short = self._long = _RotaryTable(1.0 / base, 1.0, dtype)
         else:
-            short, long = (torch.tensor(f) for f in (long_rope.short_factor, long_rope.long_factor))
+            factors = (long_rope.short_factor, long_rope.long_factor)
+            short, long = (torch.tensor(each, device=here) for each in factors)
             self._short = _RotaryTable(1.0 / (short * base), long_rope.short_mscale, dtype)
             self._long = _RotaryTable(1.0 / (long * base), long_rope.long_mscale, dtype)
         self._memo = BatchMemo(self._cos_sin)
