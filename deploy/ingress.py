@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import TaskCancelledError
 
+from deploy.agent_metrics import report_to_agent
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
@@ -123,6 +124,9 @@ class Ingress:
             keep_alive_s=resolved.keep_alive_s,
         )
         self._calls = HandleCalls(self._service)
+        self._reporter = report_to_agent(
+            self._service.metrics.registry, {"application": context.app_name}
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(
@@ -175,6 +179,9 @@ class Ingress:
             raise RuntimeError("the model instance has failed for good")
 
     async def __del__(self) -> None:
+        reporter = getattr(self, "_reporter", None)
+        if reporter is not None:
+            await asyncio.to_thread(reporter.stop)
         group = getattr(self, "_group", None)
         if group is not None:
             await asyncio.to_thread(group.stop)

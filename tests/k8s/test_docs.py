@@ -17,7 +17,7 @@ from k8s.render import FOLDER, overlays
 from tests.k8s.manifests import documents, group, ray, worker
 
 ROOT = FOLDER.parent
-PAGES = ("kuberay", "laptop", "ray-cluster", "operating", "security", "troubleshooting")
+PAGES = ("kuberay", "laptop", "ray-cluster", "operating", "runbook", "security", "troubleshooting")
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
