@@ -21,7 +21,7 @@ lint: $(DEV_STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/hadolint k8s/Dockerfile
-	$(BIN)/python -m k8s.lint k8s/rendered k8s/cluster k8s/weights
+	$(BIN)/python -m k8s.lint k8s/rendered k8s/cluster k8s/weights k8s/monitoring
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from ray import serve
 from ray.exceptions import TaskCancelledError
 
+from deploy.agent_metrics import report_to_agent
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
@@ -152,6 +153,9 @@ class Ingress:
         self._settings = LiveSettings(self._service)
         if user_config is not None:
             await self._settings.change(user_config)
+        self._reporter = report_to_agent(
+            self._service.metrics.registry, {"application": context.app_name}
+        )
         self._start = clock.start(context.replica_tag, self._group.start_record)
 
     async def reconfigure(self, user_config: object) -> None:
@@ -213,6 +217,9 @@ class Ingress:
             raise RuntimeError("the model instance has failed for good")
 
     async def __del__(self) -> None:
+        reporter = getattr(self, "_reporter", None)
+        if reporter is not None:
+            await asyncio.to_thread(reporter.stop)
         group = getattr(self, "_group", None)
         if group is not None:
             await asyncio.to_thread(group.stop)

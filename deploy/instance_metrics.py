@@ -79,7 +79,16 @@ class InstanceCollector(Collector):
             labels = (self._replica, worker.role, str(worker.index))
             deaths.add_metric(labels, worker.deaths)
             recoveries.add_metric(labels, worker.recoveries)
-        yield from (alive, deaths, recoveries)
+        yield from (alive, deaths, recoveries, self._missing(workers))
+
+    def _missing(self, workers: tuple[WorkerStatus, ...]) -> Metric:
+        gauge = _gauge("experts_without_copy", "Experts that no living expert actor holds")
+        held = {expert for worker in workers for expert in worker.experts}
+        live = {
+            expert for worker in workers if worker.state == "alive" for expert in worker.experts
+        }
+        gauge.add_metric((self._replica,), len(held - live))
+        return gauge
 
     def _dispatch(self, totals: Mapping[int, LayerTotals]) -> Iterator[Metric]:
         latency = SummaryMetricFamily(

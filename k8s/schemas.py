@@ -15,6 +15,7 @@ import kubernetes_validate
 import yaml
 
 from k8s.documents import Document
+from k8s.operator_schemas import OPERATOR_KINDS
 from k8s.ray_pods import ray_pods
 
 KUBERNETES_VERSION = "1.35.0"
@@ -35,7 +36,7 @@ class Schemas:
 
     def __init__(self, folder: Path | None) -> None:
         """Raises OSError, yaml.YAMLError."""
-        self._schemas = {} if folder is None else _read_crds(folder)
+        self._schemas = OPERATOR_KINDS | ({} if folder is None else _read_crds(folder))
         self._validators: dict[Kind, Any] = {}
 
     def problems(self, document: Document) -> Iterator[str]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from k8s.documents import Document
+from k8s.monitor_rules import alerts_can_be_answered, monitors_find_pods
 from k8s.ray_pods import RayPod, ray_pods
 
 SetRule = Callable[[list[Document]], Iterator[str]]
@@ -89,6 +90,8 @@ SET_RULES: tuple[SetRule, ...] = (
     policies_close_both_ways,
     ray_scales_alone,
     config_maps_fit,
+    monitors_find_pods,
+    alerts_can_be_answered,
 )
 
 

@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
 from router.layer_totals import LayerTotals
 from router.step import EngineLoad
-from shards.client import SequenceRefused
+from shards.client import SequenceRefused, WorkerStatus
 from shards.logs import JsonLines
 from tests.deploy.conftest import running_service
 from tests.deploy.http_client import client_of, post
@@ -108,6 +109,30 @@ async def test_what_the_instance_counts(make_api: MakeApi) -> None:
     assert at(samples, "instance_state", state="recovering") == 0
     assert at(samples, "actor_deaths_total", role="expert", index="1") == 2
     assert at(samples, "actor_recoveries_total", role="expert", index="1") == 1
+
+
+@pytest.mark.parametrize(
+    ("states", "without"),
+    [
+        (("alive", "alive", "alive"), 0),
+        (("starting", "alive", "alive"), 1),  # 0
+        (("alive", "backing off", "alive"), 0),
+        (("starting", "backing off", "alive"), 2),  # 0 and 1
+        (("starting", "starting", "starting"), 4),
+    ],
+)
+async def test_experts_that_nobody_holds(
+    states: tuple[str, ...], without: int, make_api: MakeApi
+) -> None:
+    """Experts 1 and 2 have two copies each."""
+    api = make_api()
+    held = ((0, 1), (1, 2), (2, 3))
+    workers = tuple(
+        WorkerStatus(role="expert", index=i, pid=1, node_id="n", state=state, experts=held[i])
+        for i, state in enumerate(states)
+    )
+    api.client.workers = lambda: workers
+    assert at(await scrape(api), "experts_without_copy") == without
 
 
 async def test_a_clients_words_never_become_labels(make_api: MakeApi) -> None:

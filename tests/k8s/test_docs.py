@@ -17,7 +17,10 @@ from k8s.render import FOLDER, overlays
 from tests.k8s.manifests import documents, group, ray, worker
 
 ROOT = FOLDER.parent
-PAGES = ("kuberay", "laptop", "ray-cluster", "operating", "security", "troubleshooting")
+PAGES = (
+    *("kuberay", "laptop", "observability", "operating", "ray-cluster", "runbook", "security"),
+    "troubleshooting",
+)
 each_page = pytest.mark.parametrize("page", PAGES)
 
 
