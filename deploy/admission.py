@@ -48,6 +48,8 @@ class Ticket:
     """Whether it found a free seat, so that its first token's time tells of its prompt alone."""
     first: float | None = None
     emitted: int = 0
+    ran_before: float = 0.0
+    """Seconds that sequences had run on the replica when its first token came."""
 
 
 class Admission:
@@ -62,8 +64,14 @@ class Admission:
         self.rates = ServiceRates()
         self.num_admitted = 0
         self.num_refused = 0
+        self.num_ended = 0
+        self.num_offered = 0
+        """Sequences that were admitted or sent away with a 429."""
+        self.offered_tokens = 0
+        """Those of their prompts."""
         self._live: dict[Ticket, None] = {}
         self._last_prefill = self._promised = -math.inf
+        self._num_running, self._ran_s, self._ran_until = 0, 0.0, 0.0
 
     @property
     def live(self) -> int:
@@ -91,6 +99,7 @@ class Admission:
         if excess <= 0 and mine.begins <= limits.max_queue_s:
             return
         self.num_refused += 1
+        self._offer(works)
         room_s = max(mine.begins - limits.max_queue_s, _nth_end(turns, excess))
         raise self._overloaded(mine.begins, self._promise(works, now, room_s, seats))
 
@@ -121,11 +130,14 @@ class Admission:
             self._live[ticket] = None
             tickets.append(ticket)
         self.num_admitted += len(tickets)
+        self._offer(works)
         return tickets
 
     def first_token(self, ticket: Ticket, now: float) -> None:
         """A sequence's prompt has been computed."""
         ticket.first = now
+        self._run(now, +1)
+        ticket.ran_before = self._ran_s
         if ticket.seated:
             began = max(ticket.arrived, self._last_prefill)
             self.rates.saw_prefill(ticket.work.prompt_tokens, max(0.0, now - began))
@@ -134,9 +146,35 @@ class Admission:
     def end(self, ticket: Ticket, now: float) -> None:
         """A sequence is no longer under way, for whatever reason."""
         del self._live[ticket]
+        self.num_ended += 1
         self.rates.saw_prompt(ticket.work.prompt_tokens)
-        if ticket.first is not None and ticket.work.max_tokens:
-            self.rates.saw_answer(ticket.emitted, now - ticket.first)
+        if ticket.first is None:
+            return
+        self._run(now, -1)
+        if ticket.work.max_tokens:
+            decode_s = now - ticket.first
+            running = (self._ran_s - ticket.ran_before) / decode_s if decode_s > 0 else 1.0
+            self.rates.saw_answer(ticket.emitted, decode_s, running)
+
+    @property
+    def backlog(self) -> list[Ticket]:
+        """Those without a first token, in the order in which they came."""
+        return [ticket for ticket in self._live if ticket.first is None]
+
+    def capacity(self, load: EngineLoad) -> float:
+        """Sequences such as those of late that can run at once: seats, state slots and blocks."""
+        seats, blocks = self._capacity(load)
+        rates = self.rates
+        tokens = round(rates.tokens_per_prompt + rates.tokens_per_answer)
+        return max(1.0, min(seats, blocks / self._blocks(tokens))) if tokens else float(seats)
+
+    def _offer(self, works: Sequence[Work]) -> None:
+        self.num_offered += len(works)
+        self.offered_tokens += sum(work.prompt_tokens for work in works)
+
+    def _run(self, now: float, change: int) -> None:
+        self._ran_s += self._num_running * (now - self._ran_until)
+        self._num_running, self._ran_until = self._num_running + change, now
 
     def _in_order(self) -> list[Ticket]:
         """Those that surely run, then the others as they came."""

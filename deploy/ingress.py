@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import replace
+import time
+from dataclasses import asdict, replace
 from typing import Any
 
 from fastapi import FastAPI
@@ -14,6 +15,7 @@ from ray.exceptions import TaskCancelledError
 from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
+from deploy.load_report import LoadReporter
 from deploy.openai_errors import Json
 from deploy.printable import printable
 from deploy.resolve import ResolvedArgs
@@ -28,6 +30,9 @@ from shards.logs import log_to_stderr
 from shards.spec import GroupSpec
 
 log = logging.getLogger("conclave.ingress")
+
+_BEFORE_S = 5.0
+"""A replica's process and its imports, before its constructor runs."""
 
 
 def make_group(resolved: ResolvedArgs, prefix: str) -> ModelClient:
@@ -85,6 +90,7 @@ class Ingress:
 
     # Serve awaits constructors that are coroutines.
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
+        began = time.monotonic()
         level = logging.getLevelNamesMapping()[resolved.log_level.upper()]
         log_to_stderr(level, resolved.log_format)
         self._api_keys, self._http = resolved.api_keys, resolved.http
@@ -123,6 +129,10 @@ class Ingress:
             keep_alive_s=resolved.keep_alive_s,
         )
         self._calls = HandleCalls(self._service)
+        now = time.monotonic()
+        self._reporter = LoadReporter(
+            self._service.admission, startup_s=_BEFORE_S + now - began, now=now
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_api(
@@ -168,6 +178,10 @@ class Ingress:
     async def metrics(self) -> str:
         """What /metrics shows of the replica that is asked."""
         return (await asyncio.to_thread(self._service.metrics.text)).decode()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve passes on to the autoscaling policy, every few seconds."""
+        return asdict(self._reporter.report(time.monotonic(), self._group.load))
 
     def check_health(self) -> None:
         """Fails only when the supervisor has given up; healing is not ill health."""

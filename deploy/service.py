@@ -83,6 +83,11 @@ class ApiService:
         self.metrics = Metrics(client, replica_id)
 
     @property
+    def admission(self) -> Admission:
+        """Who is under way, and how fast this replica has been."""
+        return self._admission
+
+    @property
     def state(self) -> GroupState:
         """The model instance's state."""
         return self._client.state
