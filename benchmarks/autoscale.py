@@ -2,7 +2,7 @@
 
 python -m benchmarks.autoscale                      # all traces, with the committed costs
 python -m benchmarks.autoscale --traces steps --peak 4
-python -m benchmarks.autoscale --measure FOLDER     # costs of a model on this machine
+python -m benchmarks.autoscale --costs FILE         # of `benchmarks.autoscale_costs` elsewhere
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.autoscale_costs import measure, write
 from benchmarks.autoscale_replica import Costs
 from benchmarks.autoscale_scalers import Tuning, ours, serve_default
 from benchmarks.autoscale_search import Task, clairvoyant, least_seconds, tuned
@@ -120,22 +119,16 @@ def _values(tuning: Tuning) -> tuple[float, float, float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--traces", nargs="+", default=list(TRACES), choices=list(TRACES))
-    parser.add_argument("--peak", type=float, default=12.0, help="requests per second")
+    parser.add_argument("--peak", type=float, default=8.0, help="requests per second")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--most", type=int, default=32, help="replicas")
     parser.add_argument("--ttft", type=float, default=2.0, help="seconds to the first token")
-    parser.add_argument("--token", type=float, default=0.1, help="seconds between tokens, average")
+    parser.add_argument("--token", type=float, default=0.15, help="seconds between tokens, average")
     parser.add_argument("--costs", type=Path, default=COSTS)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--results", type=Path, help="file in which traces are gathered")
-    parser.add_argument("--measure", type=Path, metavar="MODEL")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    if args.measure:
-        write(measure(args.measure, args.threads), args.costs)
-        print(args.costs.read_text(encoding="utf-8"))
-        return
     results: dict[str, dict[str, Any]] = {}
     if args.results and args.results.exists():
         results = json.loads(args.results.read_text(encoding="utf-8"))

@@ -1,7 +1,11 @@
-"""What steps and a start really cost on this machine: the figures that simulations are fed with."""
+"""What steps and a start really cost on this machine: the figures that simulations are fed with.
+
+python -m benchmarks.autoscale_costs FOLDER --threads 2 --output benchmarks/autoscale_costs.json
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -20,9 +24,10 @@ _ROUNDS = 3
 
 def measure(model: Path, threads: int) -> dict[str, Any]:
     """Steps of the real engine in this process, and a replica on a real Ray and Serve."""
+    # Ray first: it reads its settings when it is imported, which the engine need not do.
+    ray_s, startup_s = _start_times(model, threads)
     decode, prefill = _step_times(model, threads)
     base_s, decode_s, prefill_s, error = _fit(decode, prefill)
-    ray_s, startup_s = _start_times(model, threads)
     return {
         "model": model.name,
         "startup_s": round(startup_s, 2),
@@ -30,7 +35,7 @@ def measure(model: Path, threads: int) -> dict[str, Any]:
         "decode_s": decode_s,
         "prefill_s": prefill_s,
         "seats": max(_BATCHES),
-        "chunk_tokens": 2048,
+        "chunk_tokens": 512,
         "kv_blocks": 4096,
         "block_size": 16,
         "measured": {
@@ -96,6 +101,16 @@ def _start_times(model: Path, threads: int) -> tuple[float, float]:
         return there - began, time.monotonic() - there
 
 
-def write(costs: dict[str, Any], file: Path) -> None:
-    """For `Costs.read`."""
-    file.write_text(json.dumps(costs, indent=2) + "\n", encoding="utf-8")
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args()
+    costs = json.dumps(measure(args.model, args.threads), indent=2)
+    args.output.write_text(costs + "\n", encoding="utf-8")
+    print(costs)
+
+
+if __name__ == "__main__":
+    main()

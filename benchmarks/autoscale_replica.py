@@ -41,7 +41,7 @@ class Costs:
 
     @classmethod
     def read(cls, file: Path) -> Costs:
-        """From a file that `--measure` wrote."""
+        """From a file that `benchmarks.autoscale_costs` wrote."""
         fields = json.loads(file.read_text(encoding="utf-8"))
         return cls(**{name: fields[name] for name in cls.__dataclass_fields__})
 

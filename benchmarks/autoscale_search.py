@@ -14,14 +14,12 @@ from benchmarks.autoscale_simulation import Outcome, Simulation
 from benchmarks.autoscale_traces import Request
 
 TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, 21.0, 24.0, 28.0, 32.0)
-DELAYS = tuple(
-    itertools.product((0.0, 10.0, 30.0), (0.0, 30.0, 60.0, 120.0, 300.0), (4.0, 10.0, 30.0))
-)
+DELAYS = tuple(itertools.product((0.0, 10.0, 30.0), (0.0, 30.0, 120.0, 300.0), (4.0, 30.0)))
 """Upscale delay, downscale delay, look-back; Serve's own are 30, 600 and 30 s."""
 WINDOW_S = 30.0
-_FILLINGS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)
-_BUSY = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-_BLOCKS = (16, 4)
+_FILLINGS = (0.6, 0.75, 0.9, 1.05)
+_BUSY = (0.45, 0.6, 0.75, 0.9)
+_BLOCKS = (16,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

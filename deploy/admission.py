@@ -65,6 +65,8 @@ class Admission:
         self.num_admitted = 0
         self.num_refused = 0
         self.num_ended = 0
+        self.ended_s = 0.0
+        """Seconds that sequences which have ended ran after their first token."""
         self.num_offered = 0
         """Sequences that were admitted or sent away with a 429."""
         self.offered_tokens = 0
@@ -151,6 +153,7 @@ class Admission:
         if ticket.first is None:
             return
         self._run(now, -1)
+        self.ended_s += now - ticket.first
         if ticket.work.max_tokens:
             decode_s = now - ticket.first
             running = (self._ran_s - ticket.ran_before) / decode_s if decode_s > 0 else 1.0

@@ -18,7 +18,7 @@ from deploy.scaling_policy import ReplicaLoad, ScalingPolicy, ScalingTargets
 LOOK_BACK_S = 10.0
 REPORT_S = 2.0
 """How often a replica reports, a fifth of the look-back; without this Serve's is 10 s."""
-_AVERAGED = frozenset({"arrivals", "departures", "prefill"})
+_AVERAGED = frozenset({"arrivals", "departures", "residence", "prefill"})
 """Rates between two reports; of everything else the newest counts."""
 
 

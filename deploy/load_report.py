@@ -17,13 +17,13 @@ class LoadReporter:
         self._admission = admission
         self._startup_s = startup_s
         self._last = (now, *self._counts())
-        self._rates = (0.0, 0.0, 0.0)
+        self._rates: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0)
 
     def report(self, now: float, load: EngineLoad) -> ReplicaLoad:
         """The load now; rates are those since the last report."""
         admission = self._admission
         per_token_s = admission.rates.prefill_s_per_token
-        arrivals, tokens, departures = self._rates_since(now)
+        arrivals, tokens, departures, residence = self._rates_since(now)
         backlog = admission.backlog
         blocks = load.used_blocks / load.total_blocks if load.total_blocks else 0.0
         slots = load.used_slots / load.total_slots if load.total_slots else 0.0
@@ -32,6 +32,7 @@ class LoadReporter:
             sequences=admission.live,
             arrivals=arrivals,
             departures=departures,
+            residence=residence,
             prefill=tokens * per_token_s,
             backlog_s=per_token_s * sum(ticket.work.prompt_tokens for ticket in backlog),
             oldest_wait_s=now - backlog[0].arrived if backlog else 0.0,
@@ -40,12 +41,12 @@ class LoadReporter:
             startup_s=self._startup_s,
         )
 
-    def _counts(self) -> tuple[int, int, int]:
-        admission = self._admission
-        return admission.num_offered, admission.offered_tokens, admission.num_ended
+    def _counts(self) -> tuple[float, ...]:
+        each = self._admission
+        return each.num_offered, each.offered_tokens, each.num_ended, each.ended_s
 
     def _rates_since(self, now: float) -> tuple[float, ...]:
-        """Sequences offered, their prompts' tokens and sequences ended, each per second."""
+        """Of what is counted: sequences, their tokens, those that ended, what they took."""
         before, *old = self._last
         passed = now - before
         if passed >= _SHORTEST_S:

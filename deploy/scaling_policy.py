@@ -41,6 +41,8 @@ class ReplicaLoad:
     """Sequences offered per second, refused ones too."""
     departures: float
     """Sequences that ended, per second."""
+    residence: float
+    """Seconds that those had run since their first token, per second."""
     prefill: float
     """Seconds of prompt computation offered per second, refused ones too."""
     backlog_s: float
@@ -140,6 +142,7 @@ class _Sample:
     sequences: float
     arrivals: float
     departures: float
+    residence: float
     prefill: float
 
     @classmethod
@@ -150,6 +153,7 @@ class _Sample:
             sum(min(each.sequences, each.seats) for each in loads),
             sum(each.arrivals for each in loads),
             sum(each.departures for each in loads),
+            sum(each.residence for each in loads),
             sum(each.prefill for each in loads),
         )
 
@@ -240,11 +244,11 @@ class ScalingPolicy:
         if not jumped:
             rise = history.rise(level, horizon_s)
             arrivals = level * rise
-        # Little's law: as many run as arrive in the time that one takes, which is what
-        # `running / departures` says of the last half minute.
         growth = 1.0
-        if arrivals > departures + math.sqrt(departures / _LEVEL_S) + 1 / _LEVEL_S:
-            growth = min(_MOST_GROWTH, arrivals / max(departures, 1 / _LEVEL_S))
+        if running and arrivals > departures + math.sqrt(departures / _LEVEL_S) + 1 / _LEVEL_S:
+            # Little's law: as many will run as arrive in the time that one takes.
+            takes = history.mean("residence") / departures if departures else math.inf
+            growth = max(1.0, min(_MOST_GROWTH, arrivals * takes / running))
         more = arrivals / level if level else 1.0
         queue = sum(max(0.0, each.sequences - each.seats) for each in loads)
         free_s = max(0.0, ready - prefill * more) * horizon_s

@@ -45,6 +45,7 @@ def test_rates_are_those_since_the_last_report() -> None:
         sequences=0,
         arrivals=0,
         departures=0,
+        residence=0,
         prefill=0,
         backlog_s=0,
         oldest_wait_s=0,
@@ -56,6 +57,7 @@ def test_rates_are_those_since_the_last_report() -> None:
     policy.begin([Work(prompt_tokens=30, max_tokens=9), Work(prompt_tokens=50, max_tokens=9)], 5.0)
     load = reporter.report(6.0, EngineLoad(used_blocks=30, total_blocks=40, total_slots=4))
     assert (load.sequences, load.arrivals, load.departures) == (2, 6 / 4, 1)
+    assert load.residence == pytest.approx(10 * 0.02)
     per_token_s = policy.rates.prefill_s_per_token
     assert load.prefill == pytest.approx((4 * 20 + 80) / 4 * per_token_s)
     assert load.backlog_s == pytest.approx(80 * per_token_s)
@@ -134,7 +136,7 @@ def test_rates_are_averaged_and_the_rest_is_as_it_is_now() -> None:
     metrics["seats"]["c"] = points(1)  # has not said everything
     metrics["other"] = {"a": points(9)}
     first, second = replica_loads(metrics)
-    averaged = {"arrivals", "departures", "prefill"}
+    averaged = {"arrivals", "departures", "residence", "prefill"}
     assert asdict(first) == {name: 3 if name in averaged else 6 for name in names}
     assert asdict(second) == dict.fromkeys(names, 4)
     assert replica_loads({}) == []
@@ -161,8 +163,9 @@ sys.modules["deploy"] = sys.modules["shards"] = sys.modules["router"] = None
 from types import SimpleNamespace
 from ray import cloudpickle
 policy = cloudpickle.loads(base64.b64decode(sys.stdin.read()))(ttft_s=1.0)
-names = "seats sequences arrivals departures prefill backlog_s oldest_wait_s memory slowdown"
-values = dict.fromkeys([*names.split(), "startup_s"], 0.0) | {"seats": 4.0, "sequences": 40.0}
+names = "seats sequences arrivals departures residence prefill backlog_s oldest_wait_s"
+names = [*names.split(), "memory", "slowdown", "startup_s"]
+values = dict.fromkeys(names, 0.0) | {"seats": 4.0, "sequences": 40.0}
 metrics = {n: {1: [SimpleNamespace(timestamp=0.0, value=v)]} for n, v in values.items()}
 print(policy(SimpleNamespace(
     capacity_adjusted_min_replicas=1, capacity_adjusted_max_replicas=5,

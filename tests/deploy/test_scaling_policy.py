@@ -28,6 +28,7 @@ IDLE = ReplicaLoad(
     sequences=0,
     arrivals=0,
     departures=0,
+    residence=0,
     prefill=0,
     backlog_s=0,
     oldest_wait_s=0,
@@ -46,6 +47,7 @@ def steady(rate: float, residence_s: float, replicas: int, prompt_s: float = 0.1
         sequences=each * residence_s,
         arrivals=each,
         departures=each,
+        residence=each * residence_s,
         prefill=each * prompt_s,
         memory=min(1.0, each * residence_s / SEATS * 0.5),
     )
@@ -286,6 +288,7 @@ class Fluid:
             sequences=batch,
             arrivals=arrivals,
             departures=arrivals,
+            residence=batch,
             prefill=arrivals * self.prompt_s,
             slowdown=self.each_s / self.base_s if knows else 0.0,
         )
@@ -333,6 +336,7 @@ def test_chance_does_not_flap() -> None:
             sequences=under_way / target,
             arrivals=came / target,
             departures=left / target,
+            residence=left * residence / target,
             prefill=came * 0.1 / target,
         )
         new = policy.decide(float(second), [load] * target, target, BOUNDS)
