@@ -54,6 +54,8 @@ class Ticket:
     """Whether it found a free seat, so that its first token's time tells of its prompt alone."""
     first: float | None = None
     emitted: int = 0
+    ran_before: float = 0.0
+    """Seconds that sequences had run on the replica when its first token came."""
 
 
 class Admission:
@@ -68,9 +70,17 @@ class Admission:
         self.rates = ServiceRates()
         self.num_admitted = 0
         self.num_refused = 0
+        self.num_ended = 0
+        self.ended_s = 0.0
+        """Seconds that sequences which have ended ran after their first token."""
+        self.num_offered = 0
+        """Sequences that were admitted or sent away with a 429."""
+        self.offered_tokens = 0
+        """Those of their prompts."""
         self._live: dict[Ticket, None] = {}
         self._last_prefill = self._promised = -math.inf
         self._seen: _Outlook | None = None
+        self._num_running, self._ran_s, self._ran_until = 0, 0.0, 0.0
 
     @property
     def live(self) -> int:
@@ -97,6 +107,7 @@ class Admission:
         begins = outlook.queue.turn_of(self._demand(works[0])).begins
         if excess <= 0 and begins <= limits.max_queue_s:
             return
+        self._offer(works)
         self._refuse(works, now, begins, max(begins - limits.max_queue_s, outlook.end_of(excess)))
 
     def check_number(self, num_sequences: int, param: str | None) -> None:
@@ -131,6 +142,7 @@ class Admission:
             if self._seen is not None:
                 self._seen.add(self._demand(work))
         self.num_admitted += len(tickets)
+        self._offer(works)
         return tickets
 
     def settle(
@@ -141,6 +153,7 @@ class Admission:
         Raises ApiError 429 where they would wait too long behind those that came before them.
         """
         for ticket, work in zip(tickets, works, strict=True):
+            self.offered_tokens += work.prompt_tokens - ticket.work.prompt_tokens
             ticket.work, ticket.arrived = work, now
         if self._outlook(now, load).total_s <= self.limits.max_queue_s:
             return
@@ -154,6 +167,8 @@ class Admission:
     def first_token(self, ticket: Ticket, now: float) -> None:
         """A sequence's prompt has been computed."""
         ticket.first = now
+        self._run(now, +1)
+        ticket.ran_before = self._ran_s
         if ticket.seated:
             began = max(ticket.arrived, self._last_prefill)
             self.rates.saw_prefill(ticket.work.prompt_tokens, max(0.0, now - began))
@@ -164,9 +179,34 @@ class Admission:
         del self._live[ticket]
         if ticket.first is None:  # it may have been refused, its work no more than a guess
             return
+        self.num_ended += 1
         self.rates.saw_prompt(ticket.work.prompt_tokens)
+        self._run(now, -1)
+        self.ended_s += now - ticket.first
         if ticket.work.max_tokens:
-            self.rates.saw_answer(ticket.emitted, now - ticket.first)
+            decode_s = now - ticket.first
+            running = (self._ran_s - ticket.ran_before) / decode_s if decode_s > 0 else 1.0
+            self.rates.saw_answer(ticket.emitted, decode_s, running)
+
+    @property
+    def backlog(self) -> list[Ticket]:
+        """Those without a first token, in the order in which they came."""
+        return [ticket for ticket in self._live if ticket.first is None]
+
+    def capacity(self, load: EngineLoad) -> float:
+        """Sequences such as those of late that can run at once: seats, state slots and blocks."""
+        seats, blocks = self._capacity(load)
+        rates = self.rates
+        tokens = round(rates.tokens_per_prompt + rates.tokens_per_answer)
+        return max(1.0, min(seats, blocks / self._blocks(tokens))) if tokens else float(seats)
+
+    def _offer(self, works: Sequence[Work]) -> None:
+        self.num_offered += len(works)
+        self.offered_tokens += sum(work.prompt_tokens for work in works)
+
+    def _run(self, now: float, change: int) -> None:
+        self._ran_s += self._num_running * (now - self._ran_until)
+        self._num_running, self._ran_until = self._num_running + change, now
 
     def _outlook(self, now: float, load: EngineLoad) -> _Outlook:
         """The latest one while it is fresh."""

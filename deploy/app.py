@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
+from ray.serve.config import BackpressureConfig
 
 from deploy.api_keys import with_environment_key
+from deploy.autoscaling import autoscaling_config
 from deploy.config import parse_args
 from deploy.ingress import Ingress
 from deploy.reservation import bundle_cpus
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 # Serve's own limit sits far above our admission, which answers with OpenAI's error body.
 _SERVE_REQUESTS_PER_SEQ = 64
-_DRAIN_S = 120.0
+_COLD_RETRY_S = 30.0
+"""When to come again if too many already wait for the first replica."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -30,23 +33,23 @@ def build(args: dict[str, Any]) -> Application:
 
 def application(resolved: ResolvedArgs) -> Application:
     """The Serve application of a model whose options are resolved."""
-    scaling: dict[str, Any] = {"num_replicas": resolved.min_replicas}
-    if resolved.max_replicas > resolved.min_replicas:
-        scaling = {
-            "autoscaling_config": {
-                "min_replicas": resolved.min_replicas,
-                "max_replicas": resolved.max_replicas,
-                "target_ongoing_requests": resolved.spec.limits.max_num_seqs,
-            }
-        }
+    bounds = resolved.min_replicas, resolved.max_replicas
+    most = _SERVE_REQUESTS_PER_SEQ * resolved.spec.limits.max_num_seqs
+    scaling: dict[str, Any] = {"num_replicas": bounds[0]}
+    if bounds[1] > bounds[0]:
+        scaling = {"autoscaling_config": autoscaling_config(*bounds, resolved.scaling)}
+    scaling["max_queued_requests"] = -1
+    if not bounds[0]:
+        # Without a replica Serve's proxy holds requests: no more than one replica would take.
+        scaling["max_queued_requests"] = most
+        scaling["backpressure_config"] = BackpressureConfig(retry_after_s=_COLD_RETRY_S)
     deployment = serve.deployment(
         name="Ingress",
         ray_actor_options={"num_cpus": resolved.cpus_per_actor},
         placement_group_bundles=[{"CPU": cpus} for cpus in bundle_cpus(resolved)],
         placement_group_strategy="PACK",
-        max_ongoing_requests=_SERVE_REQUESTS_PER_SEQ * resolved.spec.limits.max_num_seqs,
-        max_queued_requests=-1,
-        graceful_shutdown_timeout_s=_DRAIN_S,
+        max_ongoing_requests=most,
+        graceful_shutdown_timeout_s=resolved.drain_s,
         graceful_shutdown_wait_loop_s=0.2,
         health_check_period_s=5,
         health_check_timeout_s=30,

@@ -110,10 +110,19 @@ def serve(
         ),
     ] = None,
     min_replicas: Annotated[
-        str | None, _option("--min-replicas", help="Model instances at least.")
+        str | None, _option("--min-replicas", help="Model instances at least; 0: none idle.")
     ] = None,
     max_replicas: Annotated[
         str | None, _option("--max-replicas", help="Model instances at most.")
+    ] = None,
+    ttft_target: Annotated[
+        str | None, _option("--ttft-target", help="Seconds to a first token, to scale for; 2.")
+    ] = None,
+    scale_down_delay: Annotated[
+        str | None, _option("--scale-down-delay", help="Seconds until less is enough; 60.")
+    ] = None,
+    drain_timeout: Annotated[
+        str | None, _option("--drain-timeout", help="Seconds for requests to end; 600.")
     ] = None,
     api_key: Annotated[
         list[str] | None, _option("--api-key", help="Repeatable; or CONCLAVE_API_KEY.")

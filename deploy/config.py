@@ -122,8 +122,11 @@ class ServeArgs(BaseModel):
     reasoning_parser: Literal["auto", "think", "none"] = "auto"
     chat_template: Annotated[str, Field(min_length=1)] | None = None
     trust_request_chat_template: bool = False
-    min_replicas: PositiveInt = 1
+    min_replicas: Annotated[int, Field(ge=0)] = 1
     max_replicas: PositiveInt | None = None
+    ttft_target: Annotated[float, Field(gt=0, le=3600)] = 2.0
+    scale_down_delay: Annotated[float, Field(ge=0, le=86400)] = 60.0
+    drain_timeout: Annotated[float, Field(gt=0, le=86400)] = 600.0
     api_key: Annotated[
         tuple[Annotated[str, AfterValidator(_header_text)], ...], BeforeValidator(_as_list)
     ] = ()

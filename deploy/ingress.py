@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from deploy.cpu_features import instruction_set
 from deploy.handle_calls import HandleCalls
 from deploy.http_api import build_api
 from deploy.live_settings import LiveSettings, initial_user_config
+from deploy.load_report import LoadReporter
 from deploy.openai_errors import Json
 from deploy.printable import printable
 from deploy.replica_start import ReplicaClock
@@ -37,6 +39,9 @@ if TYPE_CHECKING:
     from deploy.tracing import Tracing
 
 log = logging.getLogger("conclave.ingress")
+
+_BEFORE_S = 5.0
+"""A replica's process and its imports, before its constructor runs."""
 
 
 def make_group(resolved: ResolvedArgs, prefix: str) -> ModelGroup:
@@ -103,6 +108,7 @@ class Ingress:
     # Serve awaits constructors that are coroutines.
     async def __init__(self, resolved: ResolvedArgs) -> None:  # type: ignore[misc]
         clock = ReplicaClock()
+        began = time.monotonic()
         level = logging.getLevelNamesMapping()[resolved.log_level.upper()]
         log_to_stderr(level, resolved.log_format)
         self._api_keys, self._http = resolved.api_keys, resolved.http
@@ -155,6 +161,10 @@ class Ingress:
             await self._settings.change(user_config)
         self._reporter = report_to_agent(
             self._service.metrics.registry, {"application": context.app_name}
+        )
+        now = time.monotonic()
+        self._load_reporter = LoadReporter(
+            self._service.admission, startup_s=_BEFORE_S + now - began, now=now
         )
         self._start = clock.start(context.replica_tag, self._group.start_record)
 
@@ -210,6 +220,10 @@ class Ingress:
     async def metrics(self) -> str:
         """What /metrics shows of the replica that is asked."""
         return (await asyncio.to_thread(self._service.metrics.text)).decode()
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve passes on to the autoscaling policy, every few seconds."""
+        return asdict(self._load_reporter.report(time.monotonic(), self._group.load))
 
     def check_health(self) -> None:
         """Fails only when the supervisor has given up; healing is not ill health."""

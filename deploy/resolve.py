@@ -13,6 +13,7 @@ from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.exchange_bound import check_exchange, few_tokens
 from deploy.http_options import HttpOptions
 from deploy.model_facts import ModelFacts, model_facts
+from deploy.scaling_policy import ScalingTargets
 from deploy.stage_split import num_stages, split_layers
 from deploy.trace_options import TraceOptions
 from models.quantization_config import effective_quantization
@@ -52,6 +53,9 @@ class ResolvedArgs:
     api_keys: tuple[str, ...]
     min_replicas: int
     max_replicas: int
+    scaling: ScalingTargets
+    drain_s: float
+    """How long a replica that is taken away may go on with the requests it has."""
     cpus_per_actor: float
     log_level: str
     http: HttpOptions
@@ -143,7 +147,9 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         ),
         api_keys=args.api_key,
         min_replicas=args.min_replicas,
-        max_replicas=args.max_replicas or args.min_replicas,
+        max_replicas=args.max_replicas or max(1, args.min_replicas),
+        scaling=ScalingTargets(ttft_s=args.ttft_target, scale_down_delay_s=args.scale_down_delay),
+        drain_s=args.drain_timeout,
         cpus_per_actor=args.cpus_per_actor,
         log_level=args.log_level,
         http=args.http,

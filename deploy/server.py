@@ -93,6 +93,10 @@ class _FailureWatch:
             self._told = body
 
 
+def _unwatched() -> None:
+    """Of a model that may have no replica nobody asks."""
+
+
 def _print_choices(url: str, api_keys: tuple[str, ...]) -> None:
     """Say what a replica has chosen by itself: its kernels, threads and caches."""
     try:
@@ -147,7 +151,7 @@ def _run(resolved: ResolvedArgs) -> None:
 
     name = application_name(resolved.served_model_name)
     loads = plan_loading(resolved.spec, *open_model(resolved.model_path))
-    total = resolved.min_replicas * sum(load.num_bytes for load in loads)
+    total = max(1, resolved.min_replicas) * sum(load.num_bytes for load in loads)
     board = f"conclave/{name}"  # what the names of its actors begin with
     with (
         open_board(board),
@@ -236,7 +240,9 @@ def serve_forever(
                 name = application_name(resolved.served_model_name)
                 _print_profile(clock, name, profile_file)
             print(f"ready on {url}", flush=True)
-            signals.wait(_FailureWatch(f"{url}/health"))
+            # Asking after its health would keep the last replica, or start it again.
+            watch = _FailureWatch(f"{url}/health") if resolved.min_replicas else _unwatched
+            signals.wait(watch)
             _drain(application_name(resolved.served_model_name))
     except KeyboardInterrupt:
         return _EXIT_INTERRUPTED

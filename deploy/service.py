@@ -92,6 +92,11 @@ class ApiService:
             tracing.on_dropped = self.metrics.dropped_spans.inc
 
     @property
+    def admission(self) -> Admission:
+        """Who is under way, and how fast this replica has been."""
+        return self._admission
+
+    @property
     def state(self) -> GroupState:
         """The model instance's state."""
         return self._client.state
