@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
 from deploy.api_keys import with_environment_key
-from deploy.config import parse_args
 from deploy.ingress import Ingress
+from deploy.rehearsal import rehearsed
 from deploy.reservation import bundle_cpus
 from deploy.resolve import ResolvedArgs, resolve
 
@@ -25,7 +26,9 @@ def build(args: dict[str, Any]) -> Application:
 
     Everything is checked before a weight is read. Raises ConfigError.
     """
-    return application(resolve(parse_args(with_environment_key(args))))
+    checked, changes = rehearsed(with_environment_key(args))
+    resolved = resolve(checked)
+    return application(replace(resolved, warnings=(*changes, *resolved.warnings)))
 
 
 def application(resolved: ResolvedArgs) -> Application:
@@ -43,7 +46,8 @@ def application(resolved: ResolvedArgs) -> Application:
         name="Ingress",
         ray_actor_options={"num_cpus": resolved.cpus_per_actor},
         placement_group_bundles=[{"CPU": cpus} for cpus in bundle_cpus(resolved)],
-        placement_group_strategy="PACK",
+        # One bundle per node, or one per actor on as few nodes as have room.
+        placement_group_strategy="PACK" if resolved.spec.num_nodes is None else "STRICT_SPREAD",
         max_ongoing_requests=_SERVE_REQUESTS_PER_SEQ * resolved.spec.limits.max_num_seqs,
         max_queued_requests=-1,
         graceful_shutdown_timeout_s=_DRAIN_S,
