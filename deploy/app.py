@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
@@ -9,8 +10,8 @@ from ray.serve.config import BackpressureConfig
 
 from deploy.api_keys import with_environment_key
 from deploy.autoscaling import autoscaling_config
-from deploy.config import parse_args
 from deploy.ingress import Ingress
+from deploy.rehearsal import rehearsed
 from deploy.reservation import bundle_cpus
 from deploy.resolve import ResolvedArgs, resolve
 
@@ -28,7 +29,9 @@ def build(args: dict[str, Any]) -> Application:
 
     Everything is checked before a weight is read. Raises ConfigError.
     """
-    return application(resolve(parse_args(with_environment_key(args))))
+    checked, changes = rehearsed(with_environment_key(args))
+    resolved = resolve(checked)
+    return application(replace(resolved, warnings=(*changes, *resolved.warnings)))
 
 
 def application(resolved: ResolvedArgs) -> Application:
@@ -47,7 +50,8 @@ def application(resolved: ResolvedArgs) -> Application:
         name="Ingress",
         ray_actor_options={"num_cpus": resolved.cpus_per_actor},
         placement_group_bundles=[{"CPU": cpus} for cpus in bundle_cpus(resolved)],
-        placement_group_strategy="PACK",
+        # One bundle per node, or one per actor on as few nodes as have room.
+        placement_group_strategy="PACK" if resolved.spec.num_nodes is None else "STRICT_SPREAD",
         max_ongoing_requests=most,
         graceful_shutdown_timeout_s=resolved.drain_s,
         graceful_shutdown_wait_loop_s=0.2,

@@ -60,6 +60,9 @@ def serve(
     expert_replicas: Annotated[
         str | None, _option("--expert-replicas", help="Copies of each expert.")
     ] = None,
+    nodes: Annotated[
+        str | None, _option("--nodes", help="Spread one instance evenly over so many.")
+    ] = None,
     executor: Annotated[str | None, _option("--executor", help="auto, local, pipeline.")] = None,
     dispatch: Annotated[str | None, _option("--dispatch", help="actor, direct.")] = None,
     layout: Annotated[str | None, _option("--layout", help="auto, disaggregated.")] = None,

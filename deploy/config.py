@@ -103,6 +103,7 @@ class ServeArgs(BaseModel):
     stage_layers: Annotated[LayerRanges | None, BeforeValidator(_layer_ranges)] = None
     expert_shards: Annotated[int, Field(ge=0)] | None = None
     expert_replicas: PositiveInt = 1
+    nodes: PositiveInt | None = None
     executor: Literal["auto", "local", "pipeline"] = "auto"
     dispatch: Literal["actor", "direct"] = "actor"
     layout: Literal["auto", "colocated", "disaggregated"] = "auto"

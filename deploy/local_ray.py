@@ -19,6 +19,11 @@ from deploy.log_relay import relayed_logs
 from shards.logs import RUNTIME_FOLDER
 
 
+def joins_cluster() -> bool:
+    """Whether a session is one of a cluster that somebody else has started."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def ray_session(
     num_cpus: float, log_level: str = "warning", *, shows_logs: bool = False
@@ -29,8 +34,7 @@ def ray_session(
     With `shows_logs` the lines of a Ray of our own come to standard error here.
     The main thread must enter: Ray's processes die with the thread that started them.
     """
-    joins = bool(os.environ.get("RAY_ADDRESS"))
-    session = _joined_cluster() if joins else _own_ray(num_cpus, log_level, shows_logs)
+    session = _joined_cluster() if joins_cluster() else _own_ray(num_cpus, log_level, shows_logs)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with session:
         # Ray takes the signals over; the command line's own handlers drain first.

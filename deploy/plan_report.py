@@ -136,6 +136,8 @@ def _serve(choice: Choice) -> dict[str, Any]:
         serve["stage_layers"] = options["stage_layers"]
     if spec.num_expert_shards:
         serve["expert_shards"] = spec.num_expert_shards
+    if choice.machines.num_gpus or choice.topology.num_nodes > 1:
+        serve["nodes"] = choice.topology.num_nodes
     return serve
 
 

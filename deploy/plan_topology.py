@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deploy.bundles import cpus_of_bundles
+from deploy.bundles import cpus_of_bundles, spread_over
 from deploy.plan_actors import ActorNeeds, Memory, actor_needs
 from deploy.plan_options import Hardware
+from shards.bundles import bundle_index, most_nodes
 from shards.cache_budget import USABLE, size_text
-from shards.spec import GroupSpec, Role
+from shards.spec import GroupSpec, Role, WorkerSpec
 
 if TYPE_CHECKING:
     from models.interface import ModelConfig
@@ -63,6 +64,9 @@ def place(
 ) -> Topology:
     """Give every actor of `spec` a bundle, a node and, where there are any, a GPU."""
     on_gpu = machines.num_gpus > 0
+    nodes = min(machines.nodes, most_nodes(spec))
+    if nodes > 1 and not on_gpu:
+        spec = spread_over(spec, nodes)
     needs = actor_needs(config, spec, on_gpu)
     computing = _processes([n for n in needs if n.layers or n.experts], layout)
     actors = [
@@ -70,33 +74,33 @@ def place(
         for each in needs
         if not (each.layers or each.experts)
     ]
-    local = spec.executor == "local"
     for number, process in enumerate(computing):
-        gpu = number % machines.gpus_per_node if on_gpu else None
-        if on_gpu:
-            node = number // machines.gpus_per_node
-        else:
-            node = number * machines.nodes // len(computing)
+        bundle, node, gpu = _where(spec, machines, number, process[0])
         actors += [
-            PlacedActor(
-                needs=each,
-                bundle=0 if local else 1 + number,
-                node=node,
-                gpu=gpu,
-                process=process[0].name,
-            )
+            PlacedActor(needs=each, bundle=bundle, node=node, gpu=gpu, process=process[0].name)
             for each in process
         ]
     reasons, excess = _shortages(spec, actors, len(computing), machines)
-    cpus = cpus_of_bundles(spec, cpus_per_actor)[: 1 + (0 if local else len(computing))]
+    num_bundles = 1 + max(actor.bundle for actor in actors)
     return Topology(
         spec=spec,
         layout=layout,
         actors=tuple(actors),
-        bundle_cpus=tuple(cpus),
+        bundle_cpus=tuple(cpus_of_bundles(spec, cpus_per_actor)[:num_bundles]),
         reasons=tuple(reasons),
         excess=excess,
     )
+
+
+def _where(
+    spec: GroupSpec, machines: Hardware, number: int, actor: ActorNeeds
+) -> tuple[int, int, int | None]:
+    """Bundle, node and GPU of the process `number`, whose first actor is given."""
+    if machines.num_gpus:
+        node, gpu = divmod(number, machines.gpus_per_node)
+        return 0 if spec.executor == "local" else 1 + number, node, gpu
+    bundle = bundle_index(WorkerSpec(group=spec, role=Role(actor.role), index=actor.index))
+    return bundle, 0 if spec.num_nodes is None else bundle, None
 
 
 def node_bytes(spec: GroupSpec, actors: Sequence[PlacedActor]) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deploy.backends import backend_warnings, kernel_choice
+from deploy.bundles import spread_over
 from deploy.config import ConfigError, ServeArgs
 from deploy.demo import NANO_MODELS, nano_checkpoint
 from deploy.exchange_bound import check_exchange, few_tokens
@@ -141,7 +142,7 @@ def resolve(args: ServeArgs) -> ResolvedArgs:
         num_experts=config.num_experts,
         facts=model_facts(config),
         spec=replace(
-            group_spec(args, folder, config),
+            spread_over(group_spec(args, folder, config), args.nodes),
             unused_token_ids=_unused_token_ids(served),
             kernels=kernels,
         ),

@@ -180,7 +180,8 @@ class _History:
 
     def mean(self, name: str) -> float:
         """Of one field of the samples."""
-        return sum(getattr(sample, name) for sample in self._samples) / len(self._samples)
+        values = [float(getattr(sample, name)) for sample in self._samples]
+        return sum(values) / len(values)
 
     def rise(self, level: float, horizon_s: float) -> float:
         """By what factor arrivals will have grown, if they go on as they do."""

@@ -21,8 +21,8 @@ from typing import Any
 
 import msgspec
 
-from deploy.config import ServeArgs
-from deploy.local_ray import ray_session
+from deploy.config import ConfigError, ServeArgs
+from deploy.local_ray import joins_cluster, ray_session
 from deploy.replica_start import ReplicaStart
 from deploy.reservation import num_cpus
 from deploy.resolve import ResolvedArgs, resolve
@@ -126,6 +126,15 @@ def _check_port(host: str, port: int) -> None:
         probe.bind((host, port))
 
 
+def _check_nodes(nodes: int | None) -> None:
+    """Raises ConfigError where Ray would wait for ever for other nodes."""
+    if (nodes or 1) > 1 and not joins_cluster():
+        raise ConfigError(
+            f"nodes={nodes}: allowed values are 1 with a Ray of its own; RAY_ADDRESS names a "
+            "cluster to serve on"
+        )
+
+
 def _drain(name: str) -> None:
     """Take the application away once its requests have ended.
 
@@ -208,6 +217,7 @@ def serve_forever(
     """
     clock = CommandClock()
     resolved = resolve(args)
+    _check_nodes(resolved.spec.num_nodes)
     try:
         _check_port(host, port)
     except OSError as error:

@@ -26,6 +26,10 @@ HEAD_PORTS = {
 }
 WORKER_PORTS = {name: HEAD_PORTS[name] for name in ("serve", "metrics")}
 
+PROXY_CALLBACK = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
+PROXY_MIDDLEWARES = "deploy.proxy_request_id:middlewares"
+"""As `conclave serve` sets it for a Ray of its own."""
+
 _PINNED = re.compile(r"@sha256:[0-9a-f]{64}$")
 _OF_THIS_MACHINE = re.compile(r"^[a-z0-9._-]+:(?!latest$)[\w][\w.-]*$")
 """Built here and loaded into the nodes: a name without a registry has no digest yet, but a tag."""
@@ -112,6 +116,13 @@ def nothing_is_downloaded(pod: RayPod) -> Iterator[str]:
         yield 'env: HF_HUB_OFFLINE must be "1"'
 
 
+def request_ids_are_checked(pod: RayPod) -> Iterator[str]:
+    """Serve's proxies, on head and workers, take away the request ids that are not sane."""
+    said = {variable["name"]: variable.get("value") for variable in pod.ray.get("env", ())}
+    if said.get(PROXY_CALLBACK) != PROXY_MIDDLEWARES:
+        yield f"env: {PROXY_CALLBACK} must be {PROXY_MIDDLEWARES}"
+
+
 def privileges_are_dropped(pod: RayPod) -> Iterator[str]:
     """What the `restricted` level of pod security asks for, and no API token in workers."""
     security = pod.spec.get("securityContext") or {}
@@ -193,6 +204,7 @@ POD_RULES: tuple[PodRule, ...] = (
     ports_have_names,
     resources_are_said_once,
     nothing_is_downloaded,
+    request_ids_are_checked,
     privileges_are_dropped,
     streams_may_end,
     gpu_pods_find_their_nodes,

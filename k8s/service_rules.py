@@ -146,11 +146,17 @@ def serve_drains_before_pods(service: Document) -> Iterator[str]:
 
 
 def nodes_suffice(service: Document) -> Iterator[str]:
-    """GPUs of all pods at most are enough for all model instances at most."""
-    has = sum(pod.count * quantity(pod.limit(GPU)) for pod in ray_pods(service))
-    needs = sum(gpus_wanted(application.get("args") or {}) for application in applications(service))
+    """GPUs and worker pods at most are enough for all model instances at most."""
+    pods = ray_pods(service)
+    asked = [application.get("args") or {} for application in applications(service)]
+    has = sum(pod.count * quantity(pod.limit(GPU)) for pod in pods)
+    needs = sum(map(gpus_wanted, asked))
     if needs > has:
         yield f"maxReplicas: {needs} GPUs are needed for max_replicas, the pods have {has:g}"
+    workers = sum(pod.count for pod in pods if not pod.is_head)
+    nodes = sum(int(args.get("nodes", 1)) * _most_replicas(args) for args in asked)
+    if nodes > workers:
+        yield f"maxReplicas: {nodes} pods are needed for nodes and max_replicas, not {workers}"
 
 
 def gpus_wanted(args: Document) -> int:
@@ -162,7 +168,11 @@ def gpus_wanted(args: Document) -> int:
         return 0
     apart = args.get("layout", "colocated") == "disaggregated"
     each = int(args.get("stages", 1)) + (int(args.get("expert_shards", 1)) if apart else 0)
-    return each * int(args.get("max_replicas") or args.get("min_replicas") or 1)
+    return each * _most_replicas(args)
+
+
+def _most_replicas(args: Document) -> int:
+    return int(args.get("max_replicas") or args.get("min_replicas") or 1)
 
 
 def serve_config_is_ours(service: Document) -> Iterator[str]:

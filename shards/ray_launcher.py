@@ -12,6 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group_table
 
 from shards.actors import DispatcherActor, EngineActor, ExpertActor, StageActor
+from shards.bundles import bundle_index
 from shards.control import Started
 from shards.cores import num_compute_actors
 from shards.launcher import WorkerEvents
@@ -25,17 +26,6 @@ _SHELLS = {
     Role.DISPATCHER: DispatcherActor,
     Role.EXPERT: ExpertActor,
 }
-
-
-def bundle_index(spec: WorkerSpec) -> int:
-    """Bundle 0 holds ingress, engine and dispatcher; then one per stage, one per expert actor."""
-    match spec.role:
-        case Role.STAGE:
-            return 1 + spec.index
-        case Role.EXPERT:
-            return 1 + len(spec.group.stage_layers) + spec.index
-        case _:
-            return 0
 
 
 def compute_actors_together(group: GroupSpec, placed: PlacementGroup | None) -> int:

@@ -86,6 +86,8 @@ class GroupSpec:
     deadlines: Deadlines = Deadlines()
     cache_costs: tuple[CacheCost, ...] = ()
     """Of each entry of `stage_layers` where free memory decides how large caches are; else none."""
+    num_nodes: int | None = None
+    """It has one placement bundle for each of so many nodes; None: one per actor, anywhere."""
     warm_spare: bool = False
     """Every node keeps one process ready to become any worker that must be started again."""
 

@@ -48,6 +48,13 @@ def test_usage_errors_are_one_sentence(args: list[str], word: str) -> None:
     assert done.stdout == ""
 
 
+def test_many_nodes_need_a_cluster() -> None:
+    done = conclave("serve", "nano-dbrx", "--stages", "2", "--expert-shards", "2", "--nodes", "2")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nodes=2: allowed values are 1 with a Ray of its own; RAY_ADDRESS" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 def test_config_file_and_its_errors(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("stages: 99\nexpert-shards: 2\n")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,8 @@ from deploy.config import ConfigError, parse_args
 from deploy.demo import nano_checkpoint
 from deploy.reservation import bundle_cpus
 from deploy.resolve import ResolvedArgs, resolve
-from shards.ray_launcher import bundle_index
-from shards.spec import Deadlines, worker_specs
+from shards.bundles import bundle_index
+from shards.spec import Deadlines, Role, worker_specs
 from tests.tiny import write_tiny
 
 
@@ -47,6 +49,9 @@ def resolved(**options: Any) -> ResolvedArgs:
         ),
         ({"executor": "local", "stages": 2}, ["stages=2", "executor=local"]),
         ({"executor": "local", "expert_shards": 2}, ["expert_shards=2", "executor=local"]),
+        ({"nodes": 0}, ["nodes=0", "1 or more"]),
+        ({"nodes": 2}, ["nodes=2", "1..1"]),
+        ({"nodes": 5, "stages": 2, "expert_shards": 4}, ["nodes=5", "1..4"]),
         ({"executor": "distributed"}, ["executor=distributed", "pipeline"]),
         ({"dispatch": "x"}, ["dispatch=x", "direct"]),
         ({"dtype": "int4"}, ["dtype=int4", "bfloat16"]),
@@ -197,11 +202,40 @@ def test_a_spare_waits_where_workers_are_many(options: dict[str, Any], warm_spar
 
 
 def test_every_worker_has_its_cpus_in_its_bundle() -> None:
-    for options in ({}, {"stages": 2, "expert_shards": 3}, {"executor": "pipeline"}):
+    many = {"stages": 2, "expert_shards": 3}
+    for options in ({}, many, {"executor": "pipeline"}, {"nodes": 1}, {**many, "nodes": 2}):
         chosen = resolved(**options, cpus_per_actor=0.5)
         actors = Counter(bundle_index(worker) for worker in worker_specs(chosen.spec))
         actors[0] += 1  # the ingress
         assert bundle_cpus(chosen) == [actors[i] * 0.5 for i in range(len(actors))]
+
+
+def test_nodes_have_equal_shares_in_order() -> None:
+    spec = resolved(stages=4, expert_shards=5, nodes=2).spec
+    on_second = {worker.peer for worker in worker_specs(spec) if bundle_index(worker) == 1}
+    assert on_second == {"stage-2", "stage-3", "expert-3", "expert-4"}
+
+
+def test_no_node_goes_without_and_none_has_more_than_its_share() -> None:
+    for stages, shards in product(range(1, 9), range(1, 17, 3)):
+        spec = resolved(executor="pipeline", stages=stages, expert_shards=shards).spec
+        for nodes in range(1, max(stages, shards) + 1):
+            workers = worker_specs(replace(spec, num_nodes=nodes))
+            assert {bundle_index(worker) for worker in workers} == set(range(nodes))
+            for role in (Role.STAGE, Role.EXPERT):
+                where = [bundle_index(worker) for worker in workers if worker.role is role]
+                assert where == sorted(where)
+                shares = [where.count(node) for node in range(nodes)]
+                assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize(("shards", "nodes"), [(2, 2), (6, 2), (16, 2), (16, 4), (7, 3)])
+def test_copies_of_an_expert_are_on_different_nodes(shards: int, nodes: int) -> None:
+    spec = resolved(expert_shards=shards, expert_replicas=2, nodes=nodes).spec
+    node = {w.index: bundle_index(w) for w in worker_specs(spec) if w.role is Role.EXPERT}
+    assert spec.placement is not None
+    for holders in spec.placement.shards:
+        assert len({node[shard] for shard in holders}) == 2
 
 
 def test_defaults_come_from_the_checkpoint() -> None:

@@ -15,6 +15,7 @@ from deploy.plan_model import planned_model
 from deploy.plan_options import PlanArgs
 from deploy.reservation import bundle_cpus
 from deploy.resolve import resolve
+from shards.bundles import bundle_index
 from shards.cache_budget import plan_caches
 from shards.control import Started
 from shards.partition import layer_ranges_text
@@ -28,6 +29,7 @@ TOPOLOGIES: list[dict[str, Any]] = [
     {"stages": 4, "expert_shards": 5, "quantization": "int8"},
     {"stages": 2, "expert_shards": 16, "quantization": "int8-all", "dispatch": "direct"},
     {"stage_layers": "0,1-3", "expert_shards": 3, "dtype": "bfloat16"},
+    {"stages": 4, "expert_shards": 5, "nodes": 3},
 ]
 PODS: list[tuple[str, dict[str, Any]]] = [
     ("phi-3.5-moe", {"gpus_per_node": 2}),
@@ -64,8 +66,14 @@ def test_the_plan_is_what_serving_chooses(name: str, options: dict[str, Any]) ->
         assert spec.placement is not None
         assert actors[f"expert-{index}"]["experts"] == list(spec.placement.held_by(index))
     assert [bundle["resources"]["CPU"] for bundle in found["bundles"]] == bundle_cpus(served)
+    for worker in worker_specs(spec):
+        assert actors[worker.peer]["bundle"] == bundle_index(worker)
+    if "nodes" in options:
+        assert {actor["node"] for actor in found["actors"]} == {0, 1, 2}
+        assert all(actor["node"] == actor["bundle"] for actor in found["actors"])
     # What it says to serve with makes the same again.
     again = resolve(parse_args(found["serve"])).spec
+    assert again.num_nodes == spec.num_nodes
     assert again.stage_layers == spec.stage_layers
     assert again.placement == spec.placement
     assert again.limits.max_num_seqs == spec.limits.max_num_seqs
@@ -128,6 +136,25 @@ def test_colocated_stages_are_spread_over_the_gpus_of_the_experts() -> None:
     places = {actor["name"]: (actor["node"], actor["gpus"][0]) for actor in found["actors"][3:]}
     assert [places[f"stage-{i}"] for i in range(4)] == [(0, 0), (0, 4), (1, 0), (1, 4)]
     assert [places[f"expert-{i}"] for i in range(16)] == [(i // 8, i % 8) for i in range(16)]
+
+
+def test_nodes_that_are_full_of_gpus_hold_what_serving_spreads() -> None:
+    """One bundle per node without GPUs, nodes filled one after the other with them: the same."""
+    for nodes, gpus, stages in ((2, 8, 16), (2, 8, 4), (4, 4, 16), (4, 4, 8)):
+        asked = {"nodes": nodes, "stages": stages, "expert_shards": 16}
+        full, spread = (plan("dbrx", gpus_per_node=count, **asked) for count in (gpus, 0))
+        assert full["serve"]["nodes"] == spread["serve"]["nodes"] == nodes
+        assert {a["name"]: a["node"] for a in full["actors"]} == {
+            a["name"]: a["node"] for a in spread["actors"]
+        }
+
+
+def test_a_plan_for_more_nodes_than_actors_uses_fewer() -> None:
+    found = plan("nano-jamba", gpus_per_node=0, nodes=5, stages=3)
+    assert (found["totals"]["nodes_used"], found["serve"]["nodes"]) == (3, 3)
+    alone = plan("nano-jamba", gpus_per_node=0, nodes=5)
+    assert alone["totals"]["nodes_used"] == 1
+    assert "nodes" not in alone["serve"]
 
 
 def test_disaggregated_stages_and_experts_share_no_gpu() -> None:

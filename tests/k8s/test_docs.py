@@ -68,7 +68,9 @@ def test_what_commands_name_is_there(page: str) -> None:
             asked = {word.partition("=")[0] for word in words if word.startswith("--")}
             assert asked <= options_of(words[1]), words
         for flag, folder in pairwise(words):
-            if flag == "-k" or folder.startswith("k8s/overlays"):
+            if folder.endswith(".yaml") and "/" in folder:
+                assert (ROOT / folder).is_file(), words
+            elif flag == "-k" or folder.startswith("k8s/overlays"):
                 assert (ROOT / folder / "kustomization.yaml").is_file(), words
             if flag == "-m":
                 assert (ROOT / (folder.replace(".", "/") + ".py")).is_file(), words

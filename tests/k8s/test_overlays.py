@@ -6,17 +6,21 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import ray
 from ray.serve.schema import ServeDeploySchema
 
+from deploy import local_ray
 from deploy.app import build
 from deploy.config import ConfigError, parse_args
+from deploy.proxy_request_id import SaneRequestId
 from deploy.version import VERSION
 from k8s.documents import Document, load_documents, load_text
 from k8s.lint import lint_text, manifest_files
+from k8s.pod_rules import PROXY_CALLBACK, PROXY_MIDDLEWARES
 from k8s.render import (
     FOLDER,
     RENDERED,
@@ -96,6 +100,14 @@ def test_gpu_overlays_are_refused_for_cuda_and_for_nothing_else(name: str) -> No
     with pytest.raises(ConfigError, match="device=cuda"):
         parse_args(args)
     assert parse_args({**args, "device": "cpu"}).stages == args["stages"]
+
+
+def test_request_ids_are_checked_as_by_conclave_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {})
+    local_ray._set_environment("folder")
+    assert os.environ[PROXY_CALLBACK] == PROXY_MIDDLEWARES
+    module, _, function = PROXY_MIDDLEWARES.partition(":")
+    assert [each.cls for each in getattr(import_module(module), function)()] == [SaneRequestId]
 
 
 def test_the_cpu_overlay_builds_the_application_that_it_configures() -> None:

@@ -40,7 +40,7 @@ def test_serve_is_asked_for_what_was_planned(overlay: Overlay) -> None:
     assert {key: args[key] for key in shared} == {key: plan["serve"][key] for key in shared}
     assert args["max_replicas"] == overlay.max_replicas
     if overlay.checkpoint is not None:
-        assert {"max_model_len", "max_num_seqs", "quantization"} <= shared
+        assert {"max_model_len", "max_num_seqs", "quantization", "nodes"} <= shared
         assert gpus_wanted(args) == overlay.max_replicas * plan["totals"]["gpus_used"]
 
 

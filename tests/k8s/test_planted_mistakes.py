@@ -46,8 +46,16 @@ def percentage(found: list[Document]) -> None:
     of_kind(found, "PodDisruptionBudget")["spec"]["minAvailable"] = "50%"
 
 
+def percentage_of_the_unavailable(found: list[Document]) -> None:
+    of_kind(found, "PodDisruptionBudget")["spec"]["maxUnavailable"] = "50%"
+
+
 def resources_twice(found: list[Document]) -> None:
     group(found)["resources"] = {"GPU": "8"}
+    group(found)["rayStartParams"]["num-gpus"] = "8"
+
+
+def gpus_beside_the_limits(found: list[Document]) -> None:
     group(found)["rayStartParams"]["num-gpus"] = "8"
 
 
@@ -75,6 +83,8 @@ MISTAKES: list[tuple[Change, str, str]] = [
     (wrong_pod_type, "nano", "'150' is not of type 'integer'"),
     (missing_volume, "dbrx", "volumeMount weights has no volume"),
     (percentage, "dbrx", "minAvailable: 50%: allowed are whole numbers"),
+    (percentage_of_the_unavailable, "dbrx", "maxUnavailable needs a scale subresource"),
+    (gpus_beside_the_limits, "dbrx", "num-gpus: what a worker has is said by its limits"),
     (resources_twice, "dbrx", "both resources and rayStartParams num-gpus"),
     (no_serve_port, "dbrx", "no port is named serve"),
     (long_name, "nano", "48 characters, allowed are 47"),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from k8s.documents import Document
-from k8s.pod_rules import POD_RULES
+from k8s.pod_rules import POD_RULES, PROXY_CALLBACK
 from k8s.ray_pods import ray_pods
 from k8s.service_rules import SERVICE_RULES, gpus_wanted
 from k8s.set_rules import SET_RULES
@@ -90,6 +90,14 @@ def add_env(container: Callable[[list[Document]], Document], name: str, value: s
     return lambda found: container(found)["env"].append({"name": name, "value": value})
 
 
+def no_callback(container: Callable[[list[Document]], Document]) -> Change:
+    def change(found: list[Document]) -> None:
+        (variable,) = [e for e in container(found)["env"] if e["name"] == PROXY_CALLBACK]
+        variable["value"] = ""
+
+    return change
+
+
 def incremental(**options: Any) -> Change:
     strategy = {"type": "NewClusterWithIncrementalUpgrade", "clusterUpgradeOptions": options}
     return put(service, upgradeStrategy=strategy)
@@ -157,7 +165,9 @@ BREAKS: list[tuple[str, Change, str]] = [
         lambda found: [head_ray(found)["resources"][k].update(memory="15Gi") for k in BOTH],
         "needs 16Gi",
     ),
-    ("nothing_is_downloaded", lambda found: worker_ray(found)["env"].clear(), "HF_HUB_OFFLINE"),
+    ("nothing_is_downloaded", lambda found: worker_ray(found)["env"].pop(0), "HF_HUB_OFFLINE"),
+    ("request_ids_are_checked", no_callback(head_ray), "must be deploy.proxy_request_id"),
+    ("request_ids_are_checked", no_callback(worker_ray), "RAY_SERVE_HTTP_PROXY_CALLBACK"),
     ("privileges_are_dropped", put(worker_ray, securityContext={}), "capabilities"),
     ("privileges_are_dropped", put(head, securityContext={}), "runAsNonRoot"),
     ("privileges_are_dropped", host_path, "hostPath"),
@@ -226,6 +236,7 @@ BREAKS: list[tuple[str, Change, str]] = [
     ("serve_drains_before_pods", serve_says("_s: 600", "_s: 661"), "preStop must wait 661"),
     ("serve_drains_before_pods", put(service, rayClusterDeletionDelaySeconds=60), "600 or more"),
     ("nodes_suffice", serve_says("max_replicas: 1", "max_replicas: 2"), "the pods have 16"),
+    ("nodes_suffice", serve_says("nodes: 2", "nodes: 3"), "3 pods are needed"),
     ("serve_config_is_ours", serve_says("host: 0.0.0.0", "host: 127.0.0.1"), "http_options.host"),
     ("serve_config_is_ours", serve_says("deploy.app:build", "app:build"), "import_path"),
     ("serve_config_is_ours", serve_says("device: cuda", "api_key: s3"), "belongs into the Secret"),
