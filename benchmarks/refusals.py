@@ -121,12 +121,13 @@ def main() -> None:
     parser.add_argument("--seats", type=int, default=4, help="--max-num-seqs of our server")
     parser.add_argument("--port", type=int, default=18432)
     options = parser.parse_args()
-    from ray import serve
-
-    from deploy.app import build
     from deploy.local_ray import ray_session
 
     with ray_session(num_cpus=4):
+        from ray import serve  # it reads the session's environment
+
+        from deploy.app import build
+
         serve.start(http_options={"host": "127.0.0.1", "port": options.port})
         served = build({"model": MODEL, "max_num_seqs": options.seats})
         serve.run(served, name="conclave", route_prefix="/")

@@ -143,8 +143,8 @@ async def test_strict_functions_cannot_be_called_by_a_spelt_marker(
     await ask(api, tools=[strict])
     [grammar] = api.client.grammars
     thought = "Hm.</think>" if form == "hermes" else ""
-    before, _, behind = FORMS[form]
-    wrong = f"{before}{call('book', '{}')}{behind}"
+    before, _, _ = FORMS[form]
+    wrong = f"{before}{call('book', '{}')}"
     marker = before.strip().partition(">")[0] + ">"
     for cut in range(1, len(marker)):
         spelt = (wrong[: wrong.index(marker) + cut], wrong[wrong.index(marker) + cut :])
