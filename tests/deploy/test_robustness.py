@@ -183,6 +183,7 @@ def large_bodies() -> list[tuple[bytes, set[int]]]:
     words = "some words and more " * 500_000
     return [
         (json.dumps({"prompt": words}).encode(), {400}),
+        (json.dumps({"prompt": " " * 10**7}).encode(), {400}),
         (json.dumps({"messages": [{"role": "user", "content": words}]}).encode(), {400}),
         (json.dumps({"input": words, "prompt": [5] * 10**6}).encode(), {400}),
         (json.dumps({"prompt": "x", "stop": ["y" * 1000] * 10_000}).encode(), {400}),
