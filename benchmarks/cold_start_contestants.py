@@ -50,9 +50,7 @@ def conclave(folder: Path, threads: int) -> dict[str, float]:
     from router.step import Admit, SamplingParams
     from shards.local_executor import load_local_executor
     from shards.memory_policy import loading
-    from shards.prefetch import begin_prefetch
 
-    begin_prefetch(folder)  # as `conclave serve` does, and the worker
     options = {"model": str(folder), "executor": "local", "threads": threads, "max_num_seqs": 1}
     spec = resolve(parse_args({**options, "max_model_len": 64})).spec
     resolved = age_s()

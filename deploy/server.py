@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import signal
 import socket
@@ -29,7 +28,6 @@ from deploy.resolve import ResolvedArgs, resolve
 from deploy.startup_profile import CommandClock, startup_json, startup_parts, startup_table
 from deploy.tell import tell
 from shards.client import GroupFailed
-from shards.prefetch import begin_prefetch
 
 log = logging.getLogger("conclave.server")
 
@@ -226,8 +224,6 @@ def serve_forever(
     signals = _Signals()
     signals.install()
     clock.mark("checks")
-    if not os.environ.get("RAY_ADDRESS"):  # every actor will be here, and read its part of them
-        begin_prefetch(Path(resolved.model_path))
     try:
         shows_logs = args.log_level in ("debug", "info") or args.log_format == "json"
         with ray_session(num_cpus(resolved), args.log_level, shows_logs=shows_logs):

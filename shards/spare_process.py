@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from pathlib import Path
 
 from shards.cores import sleep_while_waiting
 from shards.role_modules import import_every_role
@@ -34,13 +35,13 @@ def _warm_up(group: GroupSpec) -> None:
 
     import torch
 
-    with torch.device("meta"):  # PyTorch imports more when this is first used
-        torch.empty(0)
-
     from models.kernels.native import use_kernels
+    from models.registry import load_config
 
     try:
+        with torch.device("meta"):  # imports the family's layers, and what PyTorch needs first
+            load_config(Path(group.model_path)).build_stage(0, 1, torch.float32)
         use_kernels(group.kernels)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         # Whatever worker it becomes will refuse to start with the same words.
-        log.warning("a spare cannot load the kernels: %s", error)
+        log.warning("a spare cannot warm up: %s", error)

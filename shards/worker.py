@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import time
-from pathlib import Path
 from typing import Protocol
 
 from router.codec import decode, encode
@@ -184,10 +183,6 @@ def make_worker(
     clock = clock or StartClock()
     if spec.group.crowded:
         sleep_while_waiting()
-    if spec.group.executor == "local":  # it reads all of the files
-        from shards.prefetch import begin_prefetch
-
-        begin_prefetch(Path(spec.group.model_path))
     import_role(spec.group, spec.role)
     clock.imported()
     progress = LoadProgress(spec.peer, report)
