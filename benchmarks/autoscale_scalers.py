@@ -60,7 +60,7 @@ class ServeScaler:
             serve_policy.time = real
         self._record(now, ready, held)
         config = self.config
-        return max(config.min_replicas, min(config.max_replicas, math.ceil(number)))
+        return int(max(config.min_replicas, min(config.max_replicas, math.ceil(number))))
 
     def _record(self, now: float, ready: Sequence[Replica], held: int) -> None:
         since = now - self.config.look_back_period_s

@@ -69,7 +69,7 @@ def draw(streams: list[Stream], duration_s: float, seed: int) -> list[Request]:
 def _wave(now: float, peak_at: float, sharpness: float) -> float:
     """0..1 over a day, 1 at the hour `peak_at`."""
     angle = 2 * math.pi * (now / DAY_S - peak_at / 24)
-    return ((1 + math.cos(angle)) / 2) ** sharpness
+    return math.pow((1 + math.cos(angle)) / 2, sharpness)
 
 
 def diurnal(peak: float, seed: int) -> list[Request]:

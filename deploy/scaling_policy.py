@@ -180,7 +180,8 @@ class _History:
 
     def mean(self, name: str) -> float:
         """Of one field of the samples."""
-        return sum(getattr(sample, name) for sample in self._samples) / len(self._samples)
+        total: float = sum(getattr(sample, name) for sample in self._samples)
+        return total / len(self._samples)
 
     def rise(self, level: float, horizon_s: float) -> float:
         """By what factor arrivals will have grown, if they go on as they do."""
