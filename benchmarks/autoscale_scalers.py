@@ -47,7 +47,7 @@ class ServeScaler:
         self._state: dict[str, Any] = {}
         self._clock = _Clock()
         self._ongoing: deque[tuple[float, float]] = deque()
-        self._series: dict[str, dict[int, list[TimeStampedValue]]] = {}
+        self._series: dict[str, dict[Replica, list[TimeStampedValue]]] = {}
 
     def decide(self, now: float, ready: Sequence[Replica], target: int, held: int) -> int:
         """The decision by what was reported until now, and then the reports of now."""
@@ -71,14 +71,14 @@ class ServeScaler:
             return
         for replica in ready:
             for name, value in asdict(replica.report(now)).items():
-                points = self._series.setdefault(name, {}).setdefault(id(replica), [])
+                points = self._series.setdefault(name, {}).setdefault(replica, [])
                 points.append(TimeStampedValue(now, value))
                 while points[0].timestamp <= since:
                     del points[0]
 
     def _context(self, now: float, ready: Sequence[Replica], target: int) -> AutoscalingContext:
         ongoing = [number for _, number in self._ongoing]
-        keys = {id(replica) for replica in ready}
+        keys = set(ready)
         return AutoscalingContext(
             deployment_id=_DEPLOYMENT,
             deployment_name=_DEPLOYMENT.name,

@@ -17,8 +17,8 @@ TARGETS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0, 10.0, 12.0, 15.0, 18.0, 21.0,
 DELAYS = tuple(itertools.product((0.0, 10.0, 30.0), (0.0, 30.0, 120.0, 300.0), (4.0, 30.0)))
 """Upscale delay, downscale delay, look-back; Serve's own are 30, 600 and 30 s."""
 WINDOW_S = 30.0
-_FILLINGS = (0.6, 0.75, 0.9, 1.05)
-_BUSY = (0.45, 0.6, 0.75, 0.9)
+_FILLINGS = (0.3, 0.4, 0.5, 0.6, 0.75, 0.9)
+_BUSY = (0.3, 0.45, 0.6, 0.75)
 _BLOCKS = (16,)
 
 

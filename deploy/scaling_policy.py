@@ -180,8 +180,8 @@ class _History:
 
     def mean(self, name: str) -> float:
         """Of one field of the samples."""
-        values = [float(getattr(sample, name)) for sample in self._samples]
-        return sum(values) / len(values)
+        total: float = sum(getattr(sample, name) for sample in self._samples)
+        return total / len(self._samples)
 
     def rise(self, level: float, horizon_s: float) -> float:
         """By what factor arrivals will have grown, if they go on as they do."""

@@ -241,6 +241,14 @@ def test_never_less_than_what_runs_needs() -> None:
     assert settle(ScalingPolicy(TARGETS), replace(IDLE, sequences=32.0), 3, seconds=900) >= 3
 
 
+def test_what_runs_now_counts_whatever_ran_lately() -> None:
+    """Idle for minutes, and all at once every seat of three replicas is taken."""
+    policy = ScalingPolicy(TARGETS)
+    assert settle(policy, IDLE, 3) == 1
+    full = replace(IDLE, sequences=SEATS)
+    assert policy.decide(301.0, [full] * 3, 1, BOUNDS) == 3
+
+
 def test_a_backlog_that_is_gone_by_then_asks_for_nothing() -> None:
     policy = ScalingPolicy(TARGETS)
     calm = steady(1.0, 10.0, 1)
