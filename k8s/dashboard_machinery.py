@@ -101,6 +101,12 @@ FAULTS = Row(
         unit="short",
         queries=(Query(f"sum({_AGENTS})", "answer"), Query(f"sum({_AGENTS} == bool 0)", "do not")),
     ),
+    Panel(
+        title="Spans of traces that were lost",
+        about="In the last ten minutes: the collector does not answer, or too slowly.",
+        unit="short",
+        queries=(Query(total(lately("trace_spans_dropped_total")), "spans"),),
+    ),
 )
 
 COST = Row(

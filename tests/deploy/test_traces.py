@@ -194,7 +194,7 @@ async def test_the_documentation_lists_every_attribute(spread: Traced) -> None:
         "/v1/completions", {"prompt": [5, 6], "n": 2, "max_tokens": 2, "stream": True}
     )
     await spread.post("/v1/completions", {"prompt": []})
-    page = (Path(__file__).parents[2] / "docs" / "observability.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "traces.md").read_text()
     for span in await spread.spans():
         [row] = [line for line in page.splitlines() if line.startswith(f"| `{span.name}` |")]
         for key in span.attributes:

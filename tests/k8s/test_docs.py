@@ -18,8 +18,8 @@ from tests.k8s.manifests import documents, group, ray, worker
 
 ROOT = FOLDER.parent
 PAGES = (
-    *("kuberay", "laptop", "observability", "operating", "ray-cluster", "runbook", "security"),
-    "troubleshooting",
+    *("kuberay", "laptop", "observability", "operating", "ray-cluster", "rehearsal", "runbook"),
+    *("security", "traces", "troubleshooting"),
 )
 each_page = pytest.mark.parametrize("page", PAGES)
 
