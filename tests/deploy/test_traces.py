@@ -323,7 +323,8 @@ async def test_callers_decide_before_chance() -> None:
 async def test_collectors_that_do_not_answer_disturb_nobody(
     monkeypatch: pytest.MonkeyPatch, status: int | None
 ) -> None:
-    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "1")
+    # Longer than the exporter waits before it tries again: only then does it say why.
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TIMEOUT", "2")
     body = {"prompt": [5, 6, 7], "max_tokens": 4, **GREEDY}
     with collecting() as collector, logged(TextLines(), logging.WARNING) as lines:
         collector.status = status or 200

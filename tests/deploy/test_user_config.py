@@ -125,7 +125,7 @@ async def test_a_request_under_way_sees_one_configuration(make_api: MakeApi) -> 
     live = LiveSettings(api.service)
     await live.change({"temperature": 0.25, "chat_template": "old{{ messages[0].content }}"})
     held = threading.Event()
-    waits = (api.service._text.run(held.wait) for _ in range(available_cores() + 8))
+    waits = (api.service._text.run(1, held.wait) for _ in range(available_cores() + 8))
     threads = [asyncio.ensure_future(wait) for wait in waits]
     await asyncio.sleep(0)
     request = asyncio.ensure_future(post(api, CHAT, BODY))
