@@ -19,6 +19,7 @@ from router.limits import EngineLimits
 from router.step import Admit, SamplingParams, Want
 from shards.local_executor import LocalExecutor
 from shards.memory_policy import loading
+from shards.vocabulary import Vocabulary
 
 Prompts = Sequence[Sequence[int]]
 BLOCK_SIZE = 16
@@ -58,6 +59,7 @@ class Engine:
         num_blocks: int = 4096,
         quantization: str = "none",
         prefix_caching: bool = True,
+        vocabulary: Vocabulary | None = None,
     ) -> None:
         """`max_tokens` is the longest prompt with its answer."""
         config = load_config(folder)
@@ -74,7 +76,7 @@ class Engine:
         )
         with loading():
             self._executor = LocalExecutor(
-                config, folder, dtype, self.limits, quantization=quantization
+                config, folder, dtype, self.limits, quantization=quantization, vocabulary=vocabulary
             )
         self._epoch = 0
 
@@ -85,6 +87,7 @@ class Engine:
         *,
         cold: bool = True,
         logprobs: int | None = None,
+        grammar: str | None = None,
         on_prefilled: Callable[[], None] = lambda: None,
     ) -> Timed:
         """Generate `num_tokens` for each prompt; `cold` forgets every prefix first."""
@@ -97,6 +100,7 @@ class Engine:
                 epoch=self._epoch,
                 prompt=tuple(prompt),
                 sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, logprobs=logprobs),
+                grammar=grammar,
             )
             assert self._core.admit(admit) is None
         return self._loop(len(prompts), on_prefilled)
