@@ -1,6 +1,6 @@
 """`serve deploy` of every overlay's Serve configuration, on as many simulated machines as it has.
 
-With CONCLAVE_REHEARSAL, as docs/kuberay.md tells people to do it by hand.
+With CONCLAVE_REHEARSAL, as docs/rehearsal.md tells people to do it by hand.
 """
 
 from __future__ import annotations
