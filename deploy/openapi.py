@@ -175,7 +175,8 @@ def _answer(operation: Operation) -> Json:
             f"The answer; with `stream` server-sent events, each `data: ` with a {chunk} or an "
             "Error, and `data: [DONE]` at the end."
         )
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        # No schema: a tool that reads events would hold each of them to it.
+        content["text/event-stream"] = {}
     return {"description": description, "content": content}
 
 
